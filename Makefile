@@ -1,0 +1,76 @@
+# guestagent. `make help` lists what there is.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SHELLFLAGS := -eu -o pipefail -c
+
+VERSION ?= 0.1.0-dev
+PREFIX  ?= /usr
+UNITDIR ?= /lib/systemd/system
+DESTDIR ?=
+# The guests that `make test` boots: trixie, bookworm, sid, several with commas, or all.
+VM      ?= trixie
+# How long each fuzzer runs in `make fuzz`.
+FUZZTIME ?= 1m
+
+GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+TOOL    := go tool -modfile=tools/go.mod
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | sort | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+	@printf '\nvariables: VM=%s DESTDIR= MIRROR= (Debian mirror of the guests) DEPS=1 (install missing Debian packages)\n' '$(VM)'
+
+.PHONY: go
+go:
+	@tools/check-go
+
+.PHONY: build
+build: go ## build bin/guestagent
+	$(GOBUILD) -o bin/guestagent ./cmd/guestagent
+
+.PHONY: install
+install: build ## install the binary and the units below DESTDIR
+	install -D -m 0755 bin/guestagent '$(DESTDIR)$(PREFIX)/bin/guestagent'
+	install -D -m 0644 -t '$(DESTDIR)$(UNITDIR)' systemd/*.service systemd/*.mount
+
+.PHONY: demo
+demo: go ## boot a VM, and see a secret from an OEM string reach a service
+	@tools/deps vm
+	@go run ./tests/vm/demo
+
+.PHONY: test
+test: go ## run every test, those in VMs too
+	@tools/deps vm nix race
+	go test -shuffle=on ./...
+	go test -race -short -shuffle=on ./...
+	tests/nix/check
+	VM='$(VM)' go test -count=1 -timeout 60m -v ./tests/vm
+
+.PHONY: lint
+lint: go ## run the linters
+	@tools/deps lint
+	$(TOOL) golangci-lint run ./...
+	GOOS=darwin go vet ./...
+	go mod verify
+	go mod tidy -diff
+	go fix -diff ./...
+	shellcheck .ci/run tools/check-go tools/deps tests/nix/check tests/nix/vendor-hash tests/vm/trim.sh
+
+.PHONY: fmt
+fmt: go ## format the Go files
+	$(TOOL) golangci-lint fmt ./...
+
+.PHONY: bench
+bench: go ## run the benchmarks
+	go test -run '^$$' -bench . -benchmem ./smbios ./credstore ./internal/agent
+
+.PHONY: fuzz
+fuzz: go ## run each fuzzer for FUZZTIME
+	@grep -rlE '^func Fuzz' --include='*_test.go' . | while read -r f; do \
+	  sed -n 's/^func \(Fuzz[A-Za-z]*\).*/\1/p' "$$f" | while read -r name; do \
+	    echo "$$(dirname "$$f") $$name"; go test -run '^$$' -fuzz "^$$name\$$" -fuzztime '$(FUZZTIME)' "$$(dirname "$$f")"; done; done
+
+.PHONY: clean
+clean: ## remove what was built here; the guests' images stay in the user's cache folder
+	rm -rf bin dist tests/vm/artifacts

@@ -1,0 +1,219 @@
+package credstore
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/guestagent/guestagent/internal/credential"
+	"github.com/guestagent/guestagent/internal/secret"
+)
+
+// A Set is what is applied together.
+type Set struct {
+	// Source is where the set comes from. A set from SMBIOS was made when the
+	// VM started: it replaces nothing that came later, and brings nothing back
+	// that was removed since.
+	Source credential.Source
+	// Install are the credentials to put in force, each name once.
+	Install []Credential
+	// Remove are names to take out of force. A name the store does not have is
+	// no error.
+	Remove []string
+}
+
+// A Credential is a name and a value to install.
+type Credential struct {
+	Name string
+	// Revision is the host's label for the value, "" for none.
+	Revision string
+	// Value stays the caller's: the store neither keeps nor wipes it.
+	Value secret.Value
+	// AllowShadowed installs the name although systemd finds another file of
+	// that name first, for names whose consumers all give the full path or load
+	// by socket.
+	AllowShadowed bool
+}
+
+// A RefusedError is returned where a set cannot be applied as it is. Nothing of
+// it was.
+type RefusedError struct {
+	Refusals []credential.Refusal
+}
+
+func (e *RefusedError) Error() string {
+	lines := make([]string, len(e.Refusals))
+	for i, r := range e.Refusals {
+		lines[i] = r.String()
+	}
+	return "the set was not applied: " + strings.Join(lines, "; ")
+}
+
+// Check splits the set into what [Tx.Apply] would take and what it would
+// refuse, in the order given. It changes nothing.
+func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
+	accepted = Set{Source: set.Source}
+	c := newChecker(t)
+	refuse := func(name string, reason credential.Reason, format string, a ...any) {
+		refusals = append(refusals, credential.Refusal{Name: name, Source: set.Source, Reason: reason, Detail: fmt.Sprintf(format, a...)})
+	}
+	for _, name := range set.Remove {
+		if reason, detail := c.remove(name); reason != "" {
+			refuse(printable(name), reason, "%s", detail)
+			continue
+		}
+		accepted.Remove = append(accepted.Remove, name)
+	}
+	for _, cred := range set.Install {
+		if reason, detail := c.install(set.Source, cred); reason != "" {
+			refuse(printable(cred.Name), reason, "%s", detail)
+			continue
+		}
+		accepted.Install = append(accepted.Install, cred)
+	}
+	return accepted, refusals
+}
+
+// printable is name where it may be shown: see credential.CheckName.
+func printable(name string) string {
+	if credential.CheckName(name) != nil {
+		return ""
+	}
+	return name
+}
+
+// A checker goes through a set and keeps account of what the store would hold.
+type checker struct {
+	t        *Tx
+	seen     map[string]bool
+	setBytes int64
+	setNames int
+	// What would be in force and what would be kept for rollback afterwards.
+	forceBytes, keptBytes int64
+	forceNames, keptNames int
+	tombstones            int
+}
+
+func newChecker(t *Tx) *checker {
+	c := &checker{t: t, seen: map[string]bool{}}
+	for _, r := range t.st.Entries {
+		c.forceBytes += r.File.Size
+		c.forceNames++
+	}
+	// The set that changes something also drops what is kept now.
+	return c
+}
+
+func (c *checker) remove(name string) (credential.Reason, string) {
+	if reason, detail := c.name(name); reason != "" {
+		return reason, detail
+	}
+	r, ok := c.t.st.Entries[name]
+	if _, dead := c.t.st.Removed[name]; !dead {
+		if c.tombstones++; len(c.t.st.Removed)+c.tombstones > credential.MaxStoreNames {
+			return credential.ReasonTooLarge, fmt.Sprintf("the store remembers %d removed names and can take no more until the guest boots again", credential.MaxStoreNames)
+		}
+	}
+	if !ok {
+		return "", ""
+	}
+	if reason, detail := c.foreign(name); reason != "" {
+		return reason, detail
+	}
+	c.forceBytes -= r.File.Size
+	c.forceNames--
+	c.keptBytes += r.File.Size
+	c.keptNames++
+	return "", ""
+}
+
+func (c *checker) install(source credential.Source, cred Credential) (credential.Reason, string) {
+	if reason, detail := c.name(cred.Name); reason != "" {
+		return reason, detail
+	}
+	size := int64(cred.Value.Len())
+	if size > credential.MaxSize {
+		return credential.ReasonTooLarge, fmt.Sprintf("%d bytes are more than systemd takes, %d", size, credential.MaxSize)
+	}
+	if path, ok := find(c.t.s.cfg.Encrypted, cred.Name); ok {
+		return credential.ReasonEncrypted, fmt.Sprintf("the encrypted store has this name, and systemd could hand out one for the other; remove %s or choose another name", path)
+	}
+	if path, ok := find(c.t.s.cfg.Shadowing, cred.Name); ok && !cred.AllowShadowed {
+		return credential.ReasonShadowed, fmt.Sprintf("systemd finds %s first; remove that, or choose another name", path)
+	}
+	if reason, detail := c.foreign(cred.Name); reason != "" {
+		return reason, detail
+	}
+	old, installed := c.t.st.Entries[cred.Name]
+	same := c.t.Holds(cred.Name, cred.Value)
+	if source == credential.SourceSMBIOS && !same {
+		if installed && old.Source != credential.SourceSMBIOS {
+			return credential.ReasonSuperseded, fmt.Sprintf("a value with source %q, installed later, is in force and stays", old.Source)
+		}
+		if _, dead := c.t.st.Removed[cred.Name]; dead {
+			return credential.ReasonRemoved, "it was removed since the guest booted, and stays so until it boots again or somebody pushes it"
+		}
+	}
+
+	if c.setBytes+size > credential.MaxSetSize {
+		return credential.ReasonTooLarge, fmt.Sprintf("with its %d bytes the set would pass %d", size, credential.MaxSetSize)
+	}
+	if c.setNames+1 > credential.MaxSetNames {
+		return credential.ReasonTooLarge, fmt.Sprintf("the set has more than %d names", credential.MaxSetNames)
+	}
+	if !same {
+		// The value that is replaced is kept for rollback.
+		if c.forceBytes+c.keptBytes+size > credential.MaxStoreSize {
+			return credential.ReasonTooLarge, fmt.Sprintf("with its %d bytes the store, and what is kept for rollback, would pass %d; remove what is not needed first", size, credential.MaxStoreSize)
+		}
+		if c.forceNames+c.keptNames+1 > credential.MaxStoreNames {
+			return credential.ReasonTooLarge, fmt.Sprintf("the store, and what is kept for rollback, would pass %d values; remove what is not needed first", credential.MaxStoreNames)
+		}
+		c.forceBytes += size
+		c.forceNames++
+		if installed {
+			c.forceBytes -= old.File.Size
+			c.forceNames--
+			c.keptBytes += old.File.Size
+			c.keptNames++
+		}
+	}
+	c.setBytes += size
+	c.setNames++
+	return "", ""
+}
+
+// name checks the name itself, and that it stands once in the set.
+func (c *checker) name(name string) (credential.Reason, string) {
+	if err := credential.CheckName(name); err != nil {
+		return credential.ReasonBadName, err.Error()
+	}
+	if name == ownDir {
+		return credential.ReasonBadName, "the store keeps its own files under this name; choose another"
+	}
+	if c.seen[name] {
+		return credential.ReasonDuplicate, "the name stands in the set twice"
+	}
+	c.seen[name] = true
+	return "", ""
+}
+
+// foreign says whether somebody else's file has the name. A file of ours that
+// was changed is theirs from then on; one that was removed is not.
+func (c *checker) foreign(name string) (credential.Reason, string) {
+	if c.t.dir == noDir {
+		return "", ""
+	}
+	id, err := c.t.dir.stat(name)
+	path := filepath.Join(c.t.s.cfg.Dir, name)
+	r, installed := c.t.st.Entries[name]
+	switch {
+	case errors.Is(err, fs.ErrNotExist), err == nil && installed && id.same(r.File):
+		return "", ""
+	case installed:
+		return credential.ReasonForeign, fmt.Sprintf("somebody changed or replaced %s after it was installed; remove it to give the name back", path)
+	}
+	return credential.ReasonForeign, fmt.Sprintf("%s is somebody else's; remove it or choose another name", path)
+}

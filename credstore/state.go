@@ -1,0 +1,158 @@
+package credstore
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"time"
+
+	"github.com/guestagent/guestagent/internal/credential"
+)
+
+// The files below the store's own folder. Only root can enter it, and a glob
+// or a folder load of systemd passes over it, since its name begins with a dot.
+const (
+	ownDir      = ".guestagent"
+	lockFile    = "lock"         // flock: one writer at a time
+	stateFile   = "state.json"   // what is in force; no values
+	nextFile    = "state.next"   // the state after the set that is being applied
+	journalFile = "journal.json" // there is a set to finish
+	undoFile    = "journal.undo" // there is a set to take back
+	reportFile  = "report.json"  // the caller's; see Tx.SetReport
+	stageDir    = "stage"        // new values, not in force yet
+	keepDir     = "keep"         // links to the values that the set replaces
+	previousDir = "previous"     // the values that the last set replaced
+	tmpSuffix   = ".tmp"
+)
+
+// stateVersion is the version of the state's and the journal's layout. They
+// do not outlive a boot, but an agent may be upgraded while the guest runs.
+const stateVersion = 1
+
+// maxStateSize bounds what is read back: 4,096 names of 255 bytes with their
+// records are below 4 MiB.
+const maxStateSize = 8 << 20
+
+// An identity tells one file from another that took its name. Nobody can
+// write to or rename over a file of ours without changing it.
+type identity struct {
+	Ino   uint64 `json:"ino"`
+	Size  int64  `json:"size"`
+	MTime int64  `json:"mtime"` // nanoseconds
+
+	regular bool
+}
+
+func (id identity) same(other identity) bool {
+	return id.Ino == other.Ino && id.Size == other.Size && id.MTime == other.MTime
+}
+
+// A record is what the store knows of a value it installed.
+type record struct {
+	Revision    string            `json:"revision"`
+	Source      credential.Source `json:"source"`
+	Generation  uint64            `json:"generation"` // the set that brought the bytes
+	InstalledAt time.Time         `json:"installedAt"`
+	// InstalledUSec is InstalledAt on CLOCK_MONOTONIC, in microseconds: what
+	// systemd's timestamps of units are compared with.
+	InstalledUSec uint64   `json:"installedMonotonicUSec"`
+	File          identity `json:"file"`
+}
+
+// A tombstone says that a name was removed on purpose.
+type tombstone struct {
+	Generation uint64    `json:"generation"`
+	At         time.Time `json:"at"`
+}
+
+// A past is what a rollback restores: for each name that the last set changed,
+// the record it had before, nil where there was none.
+type past struct {
+	Generation uint64             `json:"generation"`
+	Entries    map[string]*record `json:"entries"`
+}
+
+type state struct {
+	Version    int                  `json:"version"`
+	Generation uint64               `json:"generation"`
+	Entries    map[string]record    `json:"entries"`
+	Removed    map[string]tombstone `json:"removed,omitempty"`
+	Previous   past                 `json:"previous"`
+}
+
+func newState() state {
+	return state{
+		Version: stateVersion,
+		Entries: map[string]record{},
+		Removed: map[string]tombstone{},
+		Previous: past{
+			Entries: map[string]*record{},
+		},
+	}
+}
+
+func (s *state) clone() state {
+	c := *s
+	c.Entries = maps.Clone(s.Entries)
+	c.Removed = maps.Clone(s.Removed)
+	c.Previous.Entries = maps.Clone(s.Previous.Entries)
+	return c
+}
+
+// An op is one step of a set that is being applied.
+type op struct {
+	Name string `json:"name"`
+	// Old is the file in force before, nil where there was none. New is the
+	// file in force afterwards, nil where the name is removed.
+	Old *identity `json:"old,omitempty"`
+	New *identity `json:"new,omitempty"`
+}
+
+type journal struct {
+	Version    int    `json:"version"`
+	Generation uint64 `json:"generation"`
+	Ops        []op   `json:"ops"`
+}
+
+// load reads a JSON file of the store's own. A missing one matches fs.ErrNotExist.
+func load[T any](d dir, name string, version func(*T) int) (T, error) {
+	var v T
+	b, _, err := d.read(name, maxStateSize)
+	if err != nil {
+		return v, err
+	}
+	if err := json.Unmarshal(b, &v); err != nil {
+		return *new(T), fmt.Errorf("reading %s/%s: %w; it is not what this program wrote: save the credentials you need and remove the folder", d.path, name, err)
+	}
+	if got := version(&v); got != stateVersion {
+		return *new(T), fmt.Errorf("reading %s/%s: layout %d is unknown to this version, which writes %d; use the agent that wrote it, or reboot", d.path, name, got, stateVersion)
+	}
+	return v, nil
+}
+
+func loadState(own dir) (state, error) {
+	s, err := load(own, stateFile, func(s *state) int { return s.Version })
+	if errors.Is(err, fs.ErrNotExist) {
+		return newState(), nil
+	}
+	if err != nil {
+		return state{}, err
+	}
+	// Maps that were empty come back nil.
+	n := newState()
+	n.Generation, n.Previous.Generation = s.Generation, s.Previous.Generation
+	maps.Copy(n.Entries, s.Entries)
+	maps.Copy(n.Removed, s.Removed)
+	maps.Copy(n.Previous.Entries, s.Previous.Entries)
+	return n, nil
+}
+
+func encode(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return append(b, '\n'), nil
+}

@@ -1,0 +1,222 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+)
+
+// maxConfigSize bounds the configuration file, in bytes.
+const maxConfigSize = 1 << 20
+
+// A Config is what /etc/guestagent/config.json may say. The zero value is the
+// safe default for every key.
+type Config struct {
+	SMBIOS struct {
+		// Read says whether the OEM strings of the VM are read.
+		Read SMBIOSRead
+	}
+}
+
+// SMBIOSRead is the key smbios.read.
+type SMBIOSRead string
+
+// The values of smbios.read.
+const (
+	// ReadAuto reads SMBIOS but in a confidential VM, where the host is not
+	// trusted, as PID 1 does. It is the default.
+	ReadAuto SMBIOSRead = "auto"
+	// ReadAlways reads SMBIOS in a confidential VM too, for a firmware that
+	// measures the table.
+	ReadAlways SMBIOSRead = "always"
+	// ReadNever leaves SMBIOS alone.
+	ReadNever SMBIOSRead = "never"
+)
+
+// A ConfigFault is one thing in the configuration that was not understood. Its
+// key keeps its default, everything else holds.
+type ConfigFault struct {
+	// Line is where it stands, from 1.
+	Line int
+	// Key is the path of the key at fault, its parts joined by dots; "" for
+	// the file as a whole.
+	Key string
+	// Problem says what is wrong and, where it can, what would be right.
+	Problem string
+}
+
+func (f ConfigFault) String() string {
+	if f.Key == "" {
+		return fmt.Sprintf("line %d: %s", f.Line, f.Problem)
+	}
+	return fmt.Sprintf("line %d: key %q: %s", f.Line, f.Key, f.Problem)
+}
+
+// ReadConfig reads the configuration file. That it is missing is fine; any
+// other error is about the file, not its content. Faults of the content never
+// stop the agent: each costs its key, a file that is not JSON costs all.
+func ReadConfig(path string) (Config, []ConfigFault, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		cfg, faults := ParseConfig(nil)
+		return cfg, faults, nil
+	}
+	if err != nil {
+		cfg, _ := ParseConfig(nil)
+		return cfg, nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxConfigSize+1))
+	if err == nil && len(b) > maxConfigSize {
+		err = fmt.Errorf("reading %s: more than %d bytes", path, maxConfigSize)
+	}
+	if err != nil {
+		cfg, _ := ParseConfig(nil)
+		return cfg, nil, err
+	}
+	cfg, faults := ParseConfig(b)
+	return cfg, faults, nil
+}
+
+// ParseConfig parses the configuration. Empty input is an empty configuration.
+func ParseConfig(b []byte) (Config, []ConfigFault) {
+	cfg := Config{}
+	cfg.SMBIOS.Read = ReadAuto
+	if len(bytes.TrimSpace(b)) == 0 {
+		return cfg, nil
+	}
+	// The grammar first, so that a file that breaks off does not half apply.
+	if err := json.Unmarshal(b, new(any)); err != nil {
+		offset := int64(len(b))
+		if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
+			offset = syntax.Offset
+		}
+		return cfg, []ConfigFault{{Line: lineOf(b, offset), Problem: "not JSON, so that nothing in the file applies: " + err.Error()}}
+	}
+	p := configParser{b: b, dec: json.NewDecoder(bytes.NewReader(b))}
+	p.dec.UseNumber()
+	p.object("", map[string]func(string){
+		"smbios": func(key string) {
+			p.object(key, map[string]func(string){
+				"read": func(key string) {
+					p.choice(key, (*string)(&cfg.SMBIOS.Read), string(ReadAuto), string(ReadAlways), string(ReadNever))
+				},
+			})
+		},
+	})
+	return cfg, p.faults
+}
+
+// A configParser goes through JSON that is known to be well-formed, token by
+// token: encoding/json by itself takes duplicate keys, keys in another case,
+// and does not say on which line a key stands.
+type configParser struct {
+	b      []byte
+	dec    *json.Decoder
+	faults []ConfigFault
+}
+
+func (p *configParser) next() json.Token {
+	t, err := p.dec.Token()
+	if err != nil {
+		return nil
+	}
+	return t
+}
+
+func (p *configParser) fault(key, format string, a ...any) {
+	p.faults = append(p.faults, ConfigFault{Line: lineOf(p.b, p.dec.InputOffset()), Key: key, Problem: fmt.Sprintf(format, a...)})
+}
+
+// object reads an object whose keys are those of known, each with the function
+// that reads its value.
+func (p *configParser) object(key string, known map[string]func(string)) {
+	t := p.next()
+	if t != json.Delim('{') {
+		p.fault(key, "want an object, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	seen := map[string]bool{}
+	for p.dec.More() {
+		name, _ := p.next().(string)
+		path := strings.TrimPrefix(key+"."+name, ".")
+		read, ok := known[name]
+		switch {
+		case !ok:
+			names := make([]string, 0, len(known))
+			for k := range known {
+				names = append(names, k)
+			}
+			slices.Sort(names)
+			p.fault(path, "unknown; known here: %s", strings.Join(names, ", "))
+			p.skip(p.next())
+		case seen[name]:
+			p.fault(path, "stands twice; the first one holds")
+			p.skip(p.next())
+		default:
+			seen[name] = true
+			read(path)
+		}
+	}
+	p.next() // the closing brace
+}
+
+// choice reads a string that is one of values.
+func (p *configParser) choice(key string, to *string, values ...string) {
+	t := p.next()
+	s, ok := t.(string)
+	switch {
+	case !ok:
+		p.fault(key, "want a string, have %s", kind(t))
+		p.skip(t)
+	case !slices.Contains(values, s):
+		p.fault(key, "want one of %s", strings.Join(values, ", "))
+	default:
+		*to = s
+	}
+}
+
+// skip passes over the value that begins with the token t.
+func (p *configParser) skip(t json.Token) {
+	for depth := 0; ; t = p.next() {
+		switch t {
+		case json.Delim('{'), json.Delim('['):
+			depth++
+		case json.Delim('}'), json.Delim(']'):
+			depth--
+		}
+		if depth <= 0 {
+			return
+		}
+	}
+}
+
+// kind names what a token begins, never its content: a secret may have strayed
+// into the file.
+func kind(t json.Token) string {
+	switch t := t.(type) {
+	case json.Delim:
+		if t == '{' {
+			return "an object"
+		}
+		return "an array"
+	case string:
+		return "a string"
+	case json.Number:
+		return "a number"
+	case bool:
+		return "a boolean"
+	}
+	return "null"
+}
+
+func lineOf(b []byte, offset int64) int {
+	return 1 + bytes.Count(b[:min(max(offset, 0), int64(len(b)))], []byte("\n"))
+}

@@ -1,0 +1,122 @@
+package agent
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/guestagent/guestagent/credstore"
+	"github.com/guestagent/guestagent/internal/credential"
+)
+
+// A Report says what arrived in the guest and what was refused. It never
+// holds a value. The JSON names are the ones of the wire.
+type Report struct {
+	Version string `json:"version"` // of the agent
+	BootID  string `json:"bootId"`
+	// ImportedAt is when SMBIOS was last imported; nil where it never was.
+	ImportedAt *time.Time `json:"importedAt,omitempty"`
+	DryRun     bool       `json:"dryRun,omitempty"`
+	Generation uint64     `json:"generation"`
+	SMBIOS     SMBIOS     `json:"smbios"`
+	// Entries are the store's credentials, and those that PID 1 took from
+	// SMBIOS, sorted by name.
+	Entries  []Entry              `json:"entries"`
+	Refusals []credential.Refusal `json:"refusals"`
+	// Reasons are what else somebody should know, the weightiest first.
+	Reasons []Reason `json:"reasons"`
+}
+
+// SMBIOS says what was read.
+type SMBIOS struct {
+	Origin     string `json:"origin,omitempty"`  // the file below /sys/firmware/dmi; "" where nothing was read
+	Version    string `json:"version,omitempty"` // of SMBIOS
+	Structures int    `json:"structures,omitempty"`
+	Strings    int    `json:"strings,omitempty"` // of all owners
+}
+
+// An Entry is a credential that is somewhere in the guest.
+type Entry struct {
+	Name        string            `json:"name"`
+	Revision    string            `json:"revision"`
+	Size        int64             `json:"size"` // bytes; of the OEM string's value, where PID 1 has other bytes
+	Source      credential.Source `json:"source"`
+	InstalledAt *time.Time        `json:"installedAt,omitempty"` // nil for PID 1's
+	State       credstore.State   `json:"state"`
+	Path        string            `json:"path"` // where systemd finds it
+}
+
+// StateMismatch is the state of a credential that PID 1 took, but not as the
+// OEM string has it.
+const StateMismatch credstore.State = "mismatch"
+
+// A Reason is something about the guest that is not as it should be.
+type Reason struct {
+	Code   ReasonCode `json:"code"`
+	Detail string     `json:"detail"`
+	Hint   string     `json:"hint,omitempty"` // the next command to type
+}
+
+// A ReasonCode is a reason in one word. docs/operations.md has a section for each.
+type ReasonCode string
+
+// The codes there are, the weightiest first.
+const (
+	CodeSMBIOSUnreadable ReasonCode = "smbiosUnreadable" // there is a table, and it cannot be read
+	CodeInterrupted      ReasonCode = "interrupted"      // a set is half in force
+	CodeStoreSwappable   ReasonCode = "storeSwappable"   // credentials may reach a disk
+	CodeConfigFault      ReasonCode = "configFault"      // part of the configuration does not apply
+	CodeSMBIOSDamaged    ReasonCode = "smbiosDamaged"    // the table is not sound; what could be read was
+	CodeConfidential     ReasonCode = "confidential"     // SMBIOS was not read, since the host is not trusted
+	CodeSMBIOSOff        ReasonCode = "smbiosOff"        // SMBIOS was not read, since the configuration says so
+	CodeNoSMBIOS         ReasonCode = "noSmbios"         // the VM has none
+	CodeNotImported      ReasonCode = "notImported"      // no import has run since the guest booted
+)
+
+func (r *Report) reason(code ReasonCode, hint, format string, a ...any) {
+	r.Reasons = append(r.Reasons, Reason{code, fmt.Sprintf(format, a...), hint})
+}
+
+// WriteText writes the report for people. With warn, the lines about what is
+// wrong begin with that text, such as the journal's "<4>".
+func (r *Report) WriteText(w io.Writer, warn string) error {
+	var b strings.Builder
+	if r.DryRun {
+		b.WriteString("dry run: nothing was changed\n")
+	}
+	if len(r.Entries) > 0 {
+		t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "NAME\tREVISION\tSIZE\tSOURCE\tSTATE\tPATH")
+		for _, e := range r.Entries {
+			revision := e.Revision
+			if revision == "" {
+				revision = "-"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\n", e.Name, revision, e.Size, e.Source, e.State, e.Path)
+		}
+		if err := t.Flush(); err != nil {
+			return err
+		}
+	}
+	for _, f := range r.Refusals {
+		fmt.Fprintf(&b, "%srefused %s\n", warn, f)
+	}
+	for _, n := range r.Reasons {
+		fmt.Fprintf(&b, "%s%s: %s", warn, n.Code, n.Detail)
+		if n.Hint != "" {
+			fmt.Fprintf(&b, " (next: %s)", n.Hint)
+		}
+		b.WriteByte('\n')
+	}
+	good := 0
+	for _, e := range r.Entries {
+		if e.State == credstore.StateInForce {
+			good++
+		}
+	}
+	fmt.Fprintf(&b, "generation %d: %d credentials in force, %d refused\n", r.Generation, good, len(r.Refusals))
+	_, err := io.WriteString(w, b.String())
+	return err
+}

@@ -289,7 +289,7 @@ func (a *Agent) complete(tx *credstore.Tx, r *Report) {
 	case err != nil:
 		r.reason(CodeStoreSwappable, "", "cannot tell what %s lies on: %v", dir, err)
 	case b.Swappable:
-		r.reason(CodeStoreSwappable, "findmnt --target "+dir, "%s lies on a file system (%s) that may write it to a disk: it was in use before run-credstore.mount, which therefore left it alone", dir, b.FSType)
+		r.reason(CodeStoreSwappable, "findmnt --target "+dir, "%s lies on a file system (%s) that may write it to a disk; run-credstore.mount puts it into memory, but leaves a folder alone that somebody uses already", dir, b.FSType)
 	}
 	slices.SortStableFunc(r.Entries, func(x, y Entry) int { return cmp.Or(cmp.Compare(x.Name, y.Name), cmp.Compare(x.Path, y.Path)) })
 	slices.SortStableFunc(r.Reasons, func(x, y Reason) int { return cmp.Compare(weight(x.Code), weight(y.Code)) })

@@ -1,0 +1,124 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestParseConfig(t *testing.T) {
+	tests := []struct {
+		in     string
+		read   SMBIOSRead
+		faults []string
+	}{
+		{"", ReadAuto, nil},
+		{" \n", ReadAuto, nil},
+		{"{}", ReadAuto, nil},
+		{`{"smbios": {}}`, ReadAuto, nil},
+		{`{"smbios": {"read": "always"}}`, ReadAlways, nil},
+		{`{"smbios": {"read": "never"}}`, ReadNever, nil},
+		{"{\n\"smbios\": {\n\"read\": \"sometimes\"}}", ReadAuto, []string{`line 3: key "smbios.read": want one of auto, always, never`}},
+		{"{\n\"smbios\": {\"read\": 7}}", ReadAuto, []string{`line 2: key "smbios.read": want a string, have a number`}},
+		{`{"smbios": {"read": ["x", {"y": 1}]}}`, ReadAuto, []string{`line 1: key "smbios.read": want a string, have an array`}},
+		{`{"smbios": null}`, ReadAuto, []string{`line 1: key "smbios": want an object, have null`}},
+		{`{"smbios": true}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a boolean`}},
+		{`{"smbios": "read"}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a string`}},
+		// Unknown keys cost nothing but themselves, whatever they hold.
+		{"{\n\"smbois\": {\"a\": [1, {\"b\": {}}, []]},\n\"smbios\": {\"Read\": \"never\", \"read\": \"always\"}}", ReadAlways, []string{
+			`line 2: key "smbois": unknown; known here: smbios`, `line 3: key "smbios.Read": unknown; known here: read`,
+		}},
+		{"{\"smbios\": {\"read\": \"never\"},\n\"smbios\": {\"read\": \"always\"}}", ReadNever, []string{`line 2: key "smbios": stands twice; the first one holds`}},
+		{`{"smbios": {"read": "never", "read": "always"}}`, ReadNever, []string{`line 1: key "smbios.read": stands twice; the first one holds`}},
+		{`[{"smbios": {"read": "never"}}]`, ReadAuto, []string{"line 1: want an object, have an array"}},
+		{`"hunter2"`, ReadAuto, []string{"line 1: want an object, have a string"}},
+		// A file that breaks off does not half apply.
+		{"{\"smbios\": {\"read\": \"never\"},\n", ReadAuto, []string{"line 2: not JSON, so that nothing in the file applies: unexpected end of JSON input"}},
+		{"{\"smbios\": {\"read\": \"never\"}}\n\n{}", ReadAuto, []string{"line 3: not JSON, so that nothing in the file applies: invalid character '{' after top-level value"}},
+	}
+	for _, tt := range tests {
+		cfg, faults := ParseConfig([]byte(tt.in))
+		var got []string
+		for _, f := range faults {
+			got = append(got, f.String())
+		}
+		if cfg.SMBIOS.Read != tt.read || !slices.Equal(got, tt.faults) {
+			t.Errorf("ParseConfig(%q) = %q, %q, want %q, %q", tt.in, cfg.SMBIOS.Read, got, tt.read, tt.faults)
+		}
+	}
+}
+
+func TestReadConfig(t *testing.T) {
+	dir := t.TempDir()
+	if cfg, faults, err := ReadConfig(filepath.Join(dir, "missing")); err != nil || len(faults) != 0 || cfg.SMBIOS.Read != ReadAuto {
+		t.Errorf("ReadConfig of a missing file = %+v, %v, %v", cfg, faults, err)
+	}
+	if _, _, err := ReadConfig(dir); err == nil {
+		t.Error("ReadConfig of a folder succeeded")
+	}
+	large := filepath.Join(dir, "large")
+	if err := os.WriteFile(large, []byte(strings.Repeat(" ", maxConfigSize+1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := ReadConfig(large); err == nil {
+		t.Error("ReadConfig of a large file succeeded")
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte(`{"smbios":{"read":"never","read":1},"x":[{}]}`))
+	f.Add([]byte(`{"a":{"b":[1,2,{"c":null}]},"smbios":{"Read":"never"}}`))
+	f.Add([]byte("[[["))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		cfg, faults := ParseConfig(b)
+		if !slices.Contains([]SMBIOSRead{ReadAuto, ReadAlways, ReadNever}, cfg.SMBIOS.Read) {
+			t.Errorf("ParseConfig(%q) = %q", b, cfg.SMBIOS.Read)
+		}
+		for _, fault := range faults {
+			if fault.Line < 1 || fault.Line > 1+strings.Count(string(b), "\n") || fault.Problem == "" {
+				t.Errorf("ParseConfig(%q) has fault %+v", b, fault)
+			}
+		}
+	})
+}
+
+func TestImportCredentials(t *testing.T) {
+	tests := []struct {
+		cmdline string
+		want    bool
+	}{
+		{"", true},
+		{"quiet root=/dev/vda", true},
+		{"systemd.import_credentials=no", false},
+		{"a systemd.import_credentials=0\n", false},
+		{"systemd.import-credentials=Off b", false},
+		{`"systemd.import_credentials=no"`, false},
+		{"systemd.import_credentials='no'", false},
+		{"systemd.import_credentials", true},
+		{"systemd.import_credentials=no systemd.import_credentials=yes", true},
+		{"systemd.import_credentials=yes systemd.import_credentials=false", false},
+		{"systemd.import_credentials=no systemd.import_credentials=perhaps", false},
+		{"xsystemd.import_credentials=no", true},
+		{"rd.systemd.import_credentials=no", true}, // the initrd's; the host system imports then
+		{`x="a systemd.import_credentials=no"`, true},
+		{`systemd.import_credentials=no\`, true}, // a backslash is an ordinary character
+	}
+	for _, tt := range tests {
+		if got := importCredentials(tt.cmdline); got != tt.want {
+			t.Errorf("importCredentials(%q) = %v, want %v", tt.cmdline, got, tt.want)
+		}
+	}
+}
+
+func FuzzSplitCmdline(f *testing.F) {
+	f.Add(`a="b c" 'd"e' f\ g`)
+	f.Fuzz(func(t *testing.T, s string) {
+		words := splitCmdline(s)
+		if n := len(fmt.Sprint(words)); n > len(s)+len(words)+2 {
+			t.Errorf("splitCmdline(%q) = %q: longer than what went in", s, words)
+		}
+	})
+}

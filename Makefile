@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 VERSION ?= 0.1.0-dev
 PREFIX  ?= /usr
-UNITDIR ?= /lib/systemd/system
+UNITDIR ?= $(PREFIX)/lib/systemd/system
 DESTDIR ?=
 # The guests that `make test` boots: trixie, bookworm, sid, several with commas, or all.
 VM      ?= trixie
@@ -32,7 +32,8 @@ build: go ## build bin/guestagent
 .PHONY: install
 install: build ## install the binary and the units below DESTDIR
 	install -D -m 0755 bin/guestagent '$(DESTDIR)$(PREFIX)/bin/guestagent'
-	install -D -m 0644 -t '$(DESTDIR)$(UNITDIR)' systemd/*.service systemd/*.mount
+	for unit in systemd/*; do \
+	  sed 's|/usr/bin/guestagent|$(PREFIX)/bin/guestagent|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
 
 .PHONY: demo
 demo: go ## boot a VM, and see a secret from an OEM string reach a service
@@ -45,7 +46,9 @@ test: go ## run every test, those in VMs too
 	go test -shuffle=on ./...
 	go test -race -short -shuffle=on ./...
 	tests/nix/check
-	VM='$(VM)' go test -count=1 -timeout 60m -v ./tests/vm
+	rm -rf tests/vm/artifacts
+	VM='$(VM)' GUESTAGENT_VM_ARTIFACTS='$(CURDIR)/tests/vm/artifacts' go test -count=1 -timeout 60m -v ./tests/vm
+	@cat tests/vm/artifacts/LEFT-OUT 2>/dev/null || true
 
 .PHONY: lint
 lint: go ## run the linters
@@ -55,7 +58,7 @@ lint: go ## run the linters
 	go mod verify
 	go mod tidy -diff
 	go fix -diff ./...
-	shellcheck .ci/run tools/check-go tools/deps tests/nix/check tests/nix/vendor-hash tests/vm/trim.sh
+	shellcheck .ci/run tools/check-go tools/deps tests/nix/check tests/nix/eval tests/nix/vendor-hash tests/vm/trim.sh
 
 .PHONY: fmt
 fmt: go ## format the Go files
@@ -63,7 +66,7 @@ fmt: go ## format the Go files
 
 .PHONY: bench
 bench: go ## run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./smbios ./credstore ./internal/agent
+	go test -run '^$$' -bench . -benchmem ./smbios ./internal/agent ./cmd/guestagent
 
 .PHONY: fuzz
 fuzz: go ## run each fuzzer for FUZZTIME

@@ -44,7 +44,8 @@ type Place struct {
 	As string
 }
 
-func (p Place) path(name string) string { return filepath.Join(cmp.Or(p.As, p.Dir), name) }
+// Path is what to call the place's file of that name.
+func (p Place) Path(name string) string { return filepath.Join(cmp.Or(p.As, p.Dir), name) }
 
 // A Config says where a store is. The zero value is of no use: Dir is required.
 type Config struct {
@@ -265,7 +266,7 @@ func find(places []Place, name string) (string, bool) {
 		// the file: whatever stands there, systemd opens it first.
 		_, err := os.Lstat(filepath.Join(p.Dir, name))
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
-			return p.path(name), true
+			return p.Path(name), true
 		}
 	}
 	return "", false

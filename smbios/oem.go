@@ -191,7 +191,7 @@ func refuse(s String, name string, reason credential.Reason, format string, args
 // refuseTruncated refuses a string in whose middle the table ends.
 func refuseTruncated(s String, name string) *credential.Refusal {
 	return refuse(s, name, credential.ReasonTruncated,
-		"the table ends in the middle of it; pass less by SMBIOS, or give the VM a 64-bit entry point (QEMU: -machine smbios-entry-point-type=64)")
+		"the table ends in the middle of it, or may do so; keep the table below 64 KiB, or use SeaBIOS 1.17 and a 64-bit entry point (QEMU: -machine smbios-entry-point-type=64)")
 }
 
 // OEMString returns the string that a host has to pass for this credential,

@@ -111,8 +111,8 @@ type String struct {
 	Handle uint16
 	// Index is its place in that structure, from 1, as dmidecode numbers them.
 	Index int
-	// Truncated says that the table ends before the string does. Value then is
-	// the part that is there, and must not be taken for the whole.
+	// Truncated says that the table ends before the string does, or may do so.
+	// Value then is the part that is there, and must not be taken for the whole.
 	Truncated bool
 	// Value holds its bytes, without the final NUL. It may be anybody's
 	// string, and a secret of theirs.

@@ -22,6 +22,9 @@ const (
 	// the header and a count byte. systemd accepts no other
 	// (read_smbios11_field in src/shared/smbios11.c).
 	oemLen = 5
+
+	// cutSize is the size from which on some firmware cuts tables: see suspect.
+	cutSize = 64 << 10
 )
 
 // endOfStrings ends the strings of a structure, and so the structure.
@@ -47,6 +50,10 @@ var endOfTable = []byte{typeEndOfTable, headerLen, 0xFF, 0xFE, 0, 0}
 //   - at the end of the bytes. Unlike the kernel, it uses the strings of a
 //     structure that is cut there: those that have their NUL. The last one,
 //     which has not, is marked [String.Truncated].
+//
+// Where a table of 64 KiB and more breaks off behind a structure of type 11,
+// the last string of that structure is marked [String.Truncated] too: some
+// firmware cuts such a table so that half a string looks like a whole one.
 //
 // A structure of type 11 whose formatted area is not 5 bytes long is skipped.
 // systemd skips it and every later one; here the later ones are read, for what
@@ -127,6 +134,7 @@ func (c *collector) fault(code FaultCode, format string, args ...any) {
 func (c *collector) walk(table []byte) {
 	count := c.t.EntryPoint.Count
 	ended := false // an end-of-table structure was the last one, or stood before
+	oem := false   // the last structure was one of OEM strings
 	for off := 0; ; {
 		rest := table[off:]
 		switch {
@@ -138,6 +146,7 @@ func (c *collector) walk(table []byte) {
 		case len(rest) == 0:
 			if !ended {
 				c.fault(FaultNoEnd, "the table ends at offset %d without an end-of-table structure", off)
+				c.suspect(oem, off, rest)
 			}
 			return
 		case c.t.Structures == MaxStructures:
@@ -152,6 +161,7 @@ func (c *collector) walk(table []byte) {
 		case rest[1] < headerLen:
 			c.fault(FaultBadStructure, "the structure at offset %d says that it is %d bytes long, shorter than its header; the %d bytes from there are not read",
 				off, rest[1], len(rest))
+			c.suspect(oem, off, rest)
 			return
 		}
 
@@ -170,6 +180,7 @@ func (c *collector) walk(table []byte) {
 		}
 		size := formatted + end + len(endOfStrings)
 		c.t.Structures++
+		oem = rest[0] == typeOEMStrings
 		switch rest[0] {
 		case typeOEMStrings:
 			c.structure(rest[:size], false)
@@ -178,6 +189,25 @@ func (c *collector) walk(table []byte) {
 		}
 		off += size
 	}
+}
+
+// suspect is called where the table breaks off at offset off, behind a
+// structure of OEM strings if oem is set. That structure's last string may be
+// the first part of one, however whole it looks: of a table of 64 KiB and more,
+// SeaBIOS before 1.17 copies as many bytes as its size leaves of a multiple of
+// 64 KiB, with zeros behind them, and zeros end a string and a structure. Linux
+// from 6.6.39 on drops the rest, so that only the entry point tells the size.
+func (c *collector) suspect(oem bool, off int, rest []byte) {
+	size := int64(len(rest) + off)
+	if c.t.EntryPoint.Bits != 0 {
+		size = c.t.EntryPoint.Size
+	}
+	zeros := len(bytes.Trim(rest, "\x00")) == 0
+	if !oem || !zeros || size < cutSize || size <= int64(off) || len(c.t.Strings) == 0 {
+		return
+	}
+	c.t.Strings[len(c.t.Strings)-1].Truncated = true
+	c.fault(FaultCut, "the table should have %d bytes and breaks off at offset %d behind OEM strings: the last one may be cut and is not used", size, off)
 }
 
 // structure takes the strings of one structure of type 11. s is at least

@@ -30,6 +30,7 @@ func TestParse(t *testing.T) {
 		return b
 	}
 	ab := []plain{{0x0E00, 1, false, "a"}, {0x0E00, 2, false, "b"}}
+	abCut := []plain{{0x0E00, 1, false, "a"}, {0x0E00, 2, true, "b"}}
 
 	// The entry point is entry64 of the right size, unless the case has one.
 	tests := []struct {
@@ -94,6 +95,14 @@ func TestParse(t *testing.T) {
 		{name: "32 bits, count too large, zeros behind", table: cat(oem(0x0E00, "a", "b"), end, make([]byte, 9)), entryPoint: entry32(100, 9), want: ab, faults: []FaultCode{FaultTrailing}, structures: 2},
 		{name: "32 bits, count too large, two bytes behind", table: cat(oem(0x0E00, "a", "b"), end, []byte{1, 9}), entryPoint: entry32(100, 9), want: ab, faults: []FaultCode{FaultTrailing}, structures: 2},
 		{name: "32 bits, no count", table: cat(oem(0x0E00, "a", "b"), end, oem(0x0E01, "c")), entryPoint: entry32(100, 0), want: ab, faults: []FaultCode{FaultTrailing}, structures: 2},
+
+		// What SeaBIOS before 1.17 makes of 64 KiB and 10 bytes, as Linux shows it from 6.6.39 on and before.
+		{name: "cut by firmware, trimmed", table: oem(0x0E00, "a", "b"), entryPoint: entry64(cutSize + 10), want: abCut, faults: []FaultCode{FaultNoEnd, FaultCut}, structures: 1},
+		{name: "cut by firmware", table: cat(oem(0x0E00, "a", "b"), make([]byte, cutSize)), want: abCut, faults: []FaultCode{FaultBadStructure, FaultCut}, structures: 1},
+		{name: "cut by firmware, no entry point", table: cat(oem(0x0E00, "a", "b"), make([]byte, cutSize)), entryPoint: []byte{}, want: abCut, faults: []FaultCode{FaultEntryPoint, FaultBadStructure, FaultCut}, structures: 1},
+		{name: "cut by firmware, behind another", table: cat(oem(0x0E00, "a", "b"), system), entryPoint: entry64(cutSize + 10), want: ab, faults: []FaultCode{FaultNoEnd}, structures: 2},
+		{name: "small, zeros behind", table: cat(oem(0x0E00, "a", "b"), make([]byte, cutSize-11)), want: ab, faults: []FaultCode{FaultBadStructure}, structures: 1},
+		{name: "large, a bad structure behind", table: cat(oem(0x0E00, "a", "b"), []byte{1, 3, 0, 1}, make([]byte, cutSize)), want: ab, faults: []FaultCode{FaultBadStructure}, structures: 1},
 
 		{name: "entry point broken", table: cat(oem(0x0E00, "a", "b"), end), entryPoint: []byte("_SM3_"), want: ab, faults: []FaultCode{FaultEntryPoint}, structures: 2},
 		{name: "entry point missing", table: cat(oem(0x0E00, "a", "b"), end), entryPoint: []byte{}, want: ab, faults: []FaultCode{FaultEntryPoint}, structures: 2},

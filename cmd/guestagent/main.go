@@ -27,8 +27,9 @@ Commands:
   import         take the credentials in the VM's SMBIOS OEM strings into the store
       --dry-run  change nothing, say what would come of it
       --json     print the report as JSON
-      --system-credentials DIR
-                 where PID 1's credentials are, if not in /run/credentials/@system
+      --pid1-credentials DIR
+                 PID 1's credentials are in DIR/system and DIR/encrypted, and not
+                 in /run/credentials, which a sandboxed service does not see
   status         tell which credentials are there, and what was refused and why
       --json     print the report as JSON
   check-config   tell what is wrong with /etc/guestagent/config.json
@@ -87,7 +88,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		switch command {
 		case "import":
 			f.BoolVar(&dryRun, "dry-run", false, "")
-			f.StringVar(&a.SystemCredentials, "system-credentials", "", "")
+			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
 			f.BoolVar(&asJSON, "json", false, "")
 		case "status":
 			f.BoolVar(&asJSON, "json", false, "")

@@ -14,7 +14,7 @@ func TestMain(m *testing.M) {
 
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata",
+		Dir:                 "testdata",
 		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"smbios": smbios},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,

@@ -21,7 +21,7 @@ const (
 	pathCmdline     = "proc/cmdline"
 	pathBootID      = "proc/sys/kernel/random/boot_id"
 	pathStore       = "run/credstore"
-	pathSystem      = "run/credentials/@system"
+	pathCredentials = "run/credentials"
 	pathPID1Socket  = "run/systemd/private"
 	pathSevGuest    = "sys/devices/platform/sev-guest"
 	pathTDXGuest    = "sys/class/misc/tdx_guest"
@@ -35,10 +35,11 @@ type Agent struct {
 	Version string
 	// Root is the folder below which every path is looked up; "/" where empty.
 	Root string
-	// SystemCredentials is where this process sees the credentials that PID 1
-	// took; /run/credentials/@system below Root where empty. A sandboxed
-	// service does not see that folder and has it bound elsewhere.
-	SystemCredentials string
+	// PID1Credentials is a folder whose system and encrypted stand for
+	// /run/credentials/@system and @encrypted. A sandboxed service does not see
+	// those, since systemd masks /run/credentials, and has them bound elsewhere;
+	// what is missing there, PID 1 does not have.
+	PID1Credentials string
 
 	// confidential asks whether this is a confidential VM. Tests set it.
 	confidential func(context.Context) (string, error)
@@ -46,10 +47,14 @@ type Agent struct {
 
 func (a *Agent) path(p string) string { return filepath.Join(cmp.Or(a.Root, "/"), p) }
 
-// systemPlace is PID 1's folder: where to look, and what everybody else calls it.
-func (a *Agent) systemPlace() credstore.Place {
-	as := a.path(pathSystem)
-	return credstore.Place{Dir: cmp.Or(a.SystemCredentials, as), As: as}
+// pid1Place is a folder of PID 1's, system or encrypted: where to look, and
+// what everybody else calls it.
+func (a *Agent) pid1Place(name string) credstore.Place {
+	p := credstore.Place{Dir: a.path(pathCredentials + "/@" + name)}
+	if a.PID1Credentials != "" {
+		p.Dir, p.As = filepath.Join(a.PID1Credentials, name), p.Dir
+	}
+	return p
 }
 
 // store is the guest's credential store, with the folders that systemd
@@ -58,9 +63,9 @@ func (a *Agent) store() *credstore.Store {
 	place := func(p string) credstore.Place { return credstore.Place{Dir: a.path(p)} }
 	return credstore.New(credstore.Config{
 		Dir:       a.path(pathStore),
-		Shadowing: []credstore.Place{a.systemPlace(), place("etc/credstore")},
+		Shadowing: []credstore.Place{a.pid1Place("system"), place("etc/credstore")},
 		Encrypted: []credstore.Place{
-			place("run/credentials/@encrypted"), place("etc/credstore.encrypted"), place("run/credstore.encrypted"),
+			a.pid1Place("encrypted"), place("etc/credstore.encrypted"), place("run/credstore.encrypted"),
 			place("usr/local/lib/credstore.encrypted"), place("usr/lib/credstore.encrypted"),
 		},
 	})

@@ -185,8 +185,8 @@ func (a *Agent) judge(creds []smbios.Credential, r *Report) credstore.Set {
 				Name: c.Name, Source: credential.SourceSMBIOS, Reason: reason, Detail: fmt.Sprintf(format, args...),
 			})
 		}
-		place := a.systemPlace()
-		path := filepath.Join(place.As, c.Name)
+		place := a.pid1Place("system")
+		path := place.Path(c.Name)
 		switch got, detail := compare(filepath.Join(place.Dir, c.Name), path, c.Value); got {
 		case same:
 			r.Entries = append(r.Entries, pid1Entry(c, path, credstore.StateInForce))

@@ -12,7 +12,7 @@ import (
 func Table(oem ...string) (table, entryPoint []byte) {
 	table = []byte{0, 18, 0, 0} // a BIOS structure without strings comes first
 	table = append(table, make([]byte, 14+2)...)
-	table = append(table, 11, 5, 0x00, 0x0E, byte(len(oem)))
+	table = append(table, 11, 5, 0x00, 0x0E, byte(len(oem))) //nolint:gosec // QEMU lets it wrap, too
 	for _, s := range oem {
 		table = append(append(table, s...), 0)
 	}

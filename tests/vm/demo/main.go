@@ -1,0 +1,115 @@
+// Demo boots a virtual machine with a secret in an SMBIOS OEM string, and shows how it reaches a service.
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/guestagent/guestagent/tests/vm"
+)
+
+// The service that the secret is for. It knows nothing of guestagent.
+const unit = `[Unit]
+Description=A service that needs an API key
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+LoadCredential=api-key
+ExecStart=/bin/sh -c 'sha256sum < $${CREDENTIALS_DIRECTORY}/api-key'
+
+[Install]
+WantedBy=multi-user.target
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := run(ctx, os.Stdout)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, out io.Writer) (err error) {
+	say := func(format string, a ...any) { fmt.Fprintf(out, "\n==> "+format+"\n", a...) }
+	release := vm.Releases()[1]
+	say("Building a guest with Debian %s (once; it is kept for the next time)", release.Name)
+	image, err := vm.BuildImage(ctx, release, out)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "guestagent-demo-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	overlay, err := vm.Installed(ctx, dir)
+	if err != nil {
+		return err
+	}
+	overlay = append(
+		overlay,
+		vm.File{Path: "/etc/systemd/system/demo.service", Content: []byte(unit)},
+		vm.File{Path: "/etc/systemd/system/multi-user.target.wants/demo.service", Symlink: "../demo.service"},
+	)
+
+	key := make([]byte, 16)
+	_, _ = rand.Read(key) // never fails
+	text := fmt.Sprintf("%x", key)
+	say("Booting it with three OEM strings: io.guestagent.credential:api-key=…, and two with mistakes in them")
+	m, err := vm.Boot(ctx, vm.Config{
+		Image:   image,
+		Overlay: overlay,
+		Console: out,
+		OEMStrings: vm.OEM(
+			"io.guestagent.credential:api-key="+text,
+			"io.guestagent.credential.binary:certificate=not base64",
+			"io.guestagent.credental:misspelt=…",
+		),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+
+	for _, command := range []string{
+		"systemctl cat demo.service",
+		"systemctl status --no-pager --lines=3 demo.service",
+		"guestagent status",
+		"findmnt /run/credstore",
+		"systemd-analyze security --no-pager guestagent-import.service",
+	} {
+		say("In the guest: %s", command)
+		res, err := m.Run(ctx, strings.Fields(command)...)
+		if err != nil {
+			return err
+		}
+		stdout := res.Stdout
+		if strings.HasPrefix(command, "systemd-analyze") {
+			stdout = stdout[bytes.LastIndexByte(bytes.TrimSpace(stdout), '\n')+1:]
+		}
+		_, _ = out.Write(append(stdout, res.Stderr...))
+	}
+
+	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(text)))
+	res, err := m.Run(ctx, "journalctl", "--output=cat", "--unit=demo.service")
+	if err != nil {
+		return err
+	}
+	if !bytes.Contains(res.Stdout, []byte(sum)) {
+		return fmt.Errorf("the service did not get the key: its journal says %q", res.Stdout)
+	}
+	say("The service has the key that the host made: both say SHA-256 %s…", sum[:16])
+	return nil
+}

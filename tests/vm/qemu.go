@@ -1,0 +1,101 @@
+package vm
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+)
+
+const qemuProgram = "qemu-system-x86_64"
+
+// qemu is one QEMU process.
+type qemu struct {
+	cmd    *exec.Cmd
+	stderr *tail
+	// done is closed when the process has ended and err is set.
+	done chan struct{}
+	err  error
+
+	mu     sync.Mutex
+	broken bool
+}
+
+// startQEMU starts QEMU. What it writes to standard output, where args put the console, goes to console. The process
+// does not outlive this one. The caller waits for done.
+func startQEMU(args []string, console io.Writer) (*qemu, error) {
+	q := &qemu{
+		cmd:    exec.Command(qemuProgram, args...),
+		stderr: newTail(tailBytes),
+		done:   make(chan struct{}),
+	}
+	q.cmd.Stdout = console
+	q.cmd.Stderr = stderrWatch{q}
+	dieWithThread(q.cmd)
+	started := make(chan error, 1)
+	go func() {
+		// The kernel kills QEMU when this thread ends: no other goroutine may end it before.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := q.cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		q.err = q.cmd.Wait()
+		close(q.done)
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("starting %s: %w", qemuProgram, err)
+	}
+	return q, nil
+}
+
+// kill ends the process and waits for its end.
+func (q *qemu) kill() {
+	_ = q.cmd.Process.Kill()
+	<-q.done
+}
+
+// kvmBroken tells whether QEMU said that KVM cannot run this guest.
+func (q *qemu) kvmBroken() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.broken
+}
+
+// ended says how the process ended. It is called after done.
+func (q *qemu) ended() string {
+	s := "exit status 0"
+	if q.err != nil {
+		s = q.err.Error()
+	}
+	var said []string
+	for line := range strings.Lines(string(q.stderr.Bytes())) {
+		// Each boot warns of what the emulated processor lacks.
+		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "warning: TCG doesn't support") {
+			said = append(said, line)
+		}
+	}
+	if len(said) > 0 {
+		s += "; it wrote: " + strings.Join(said, "; ")
+	}
+	return s
+}
+
+// stderrWatch keeps what QEMU writes. After an error inside KVM, QEMU pauses the guest for ever instead of ending.
+type stderrWatch struct{ q *qemu }
+
+func (w stderrWatch) Write(p []byte) (int, error) {
+	n, err := w.q.stderr.Write(p)
+	if bytes.Contains(w.q.stderr.Bytes(), []byte("KVM internal error")) {
+		w.q.mu.Lock()
+		w.q.broken = true
+		w.q.mu.Unlock()
+		_ = w.q.cmd.Process.Kill()
+	}
+	return n, err
+}

@@ -1,0 +1,261 @@
+// Package vmtest is package vm for tests: it boots machines that end with the test, keeps artifacts of those that
+// failed, and decides which tests run.
+//
+// Tests in virtual machines are asked for by the environment variable VM, a list of releases or "all". Without it they
+// skip and say so. With it nothing skips: a missing program or permission is a failure. The one exception is a release
+// whose archive is broken that day, under VM=all: it is left out, loudly, and named in the file LEFT-OUT of the
+// artifacts.
+//
+// Artifacts are kept in the folder GUESTAGENT_VM_ARTIFACTS, below the test's name. Where it is not set, they go to a
+// temporary folder that only a failed test leaves behind.
+package vmtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/guestagent/guestagent/tests/vm"
+)
+
+const (
+	// SelectEnv is the environment variable that asks for tests in virtual machines.
+	SelectEnv = "VM"
+	// ArtifactsEnv is the environment variable that names the folder for artifacts.
+	ArtifactsEnv = "GUESTAGENT_VM_ARTIFACTS"
+	// LeftOutFile is the file in the artifacts that names the releases that could not be tested.
+	LeftOutFile = "LEFT-OUT"
+
+	collectTimeout = time.Minute
+	commandTimeout = 5 * time.Minute
+)
+
+// Releases returns the releases that VM asks for. It skips the test where none is asked for.
+func Releases(t testing.TB) []vm.Release {
+	t.Helper()
+	list := os.Getenv(SelectEnv)
+	if list == "" {
+		t.Skipf("tests in virtual machines were not asked for: run make test, or set %s to a list of releases or to all", SelectEnv)
+	}
+	releases, err := vm.ParseReleases(list)
+	if err != nil {
+		t.Fatalf("%s: %v", SelectEnv, err)
+	}
+	return releases
+}
+
+// Each runs f as a subtest for each release that VM asks for, one after another.
+func Each(t *testing.T, f func(t *testing.T, release vm.Release)) {
+	t.Helper()
+	for _, release := range Releases(t) {
+		t.Run(release.Name, func(t *testing.T) { f(t, release) })
+	}
+}
+
+// Image returns the image of a release, which may take minutes to build. It skips the test only where the release is
+// left out: see the package comment.
+func Image(t testing.TB, release vm.Release) *vm.Image {
+	t.Helper()
+	Releases(t) // skips where nothing was asked for
+	log := &strings.Builder{}
+	img, err := vm.BuildImage(t.Context(), release, log)
+	if err == nil {
+		return img
+	}
+	save(t, "image-"+release.Name+".log", log.String())
+	if errors.Is(err, vm.ErrArchive) && release.Moving && os.Getenv(SelectEnv) == "all" {
+		leaveOut(t, release, err)
+	}
+	t.Fatalf("no image of %s: %v", release.Name, err)
+	return nil
+}
+
+// leaveOut skips the test so that it is seen.
+func leaveOut(t testing.TB, release vm.Release, err error) {
+	t.Helper()
+	line := fmt.Sprintf("LEFT OUT: %s could not be built today, nothing is tested on it: %v\n", release.Name, err)
+	_, _ = io.WriteString(os.Stderr, line)
+	if dir := os.Getenv(ArtifactsEnv); dir != "" {
+		if err := appendLine(dir, line); err != nil {
+			t.Errorf("noting that %s is left out: %v", release.Name, err)
+		}
+	}
+	t.Skip(line)
+}
+
+func appendLine(dir, line string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	name := filepath.Join(dir, LeftOutFile)
+	f, err := os.OpenFile(name, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(line)
+	return errors.Join(err, f.Close())
+}
+
+// Boot boots a machine that ends with the test. The test fails where it does not come up. At the end the journal is
+// saved beside the console; a failed test says where. cfg.Artifacts may name another folder.
+func Boot(t testing.TB, cfg vm.Config) *vm.Machine {
+	t.Helper()
+	Releases(t) // skips where nothing was asked for
+	if cfg.Artifacts == "" {
+		cfg.Artifacts = Artifacts(t)
+	}
+	m, err := vm.Boot(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// The test's own context has ended by now.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), collectTimeout)
+		defer cancel()
+		select {
+		case <-m.Done():
+			// A test may end its machine; the journal has gone with it.
+		default:
+			if err := m.Collect(ctx); err != nil {
+				t.Errorf("saving the journal: %v", err)
+			}
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Logf("booted %s with %s in %s", cfg.Image.Release.Name, m.Accel, m.BootTime.Round(time.Second/10))
+	return m
+}
+
+// Artifacts returns the folder for the artifacts of this test, and has a failed test say where it is.
+func Artifacts(t testing.TB) string {
+	t.Helper()
+	dir, keep := os.Getenv(ArtifactsEnv), true
+	var err error
+	if dir == "" {
+		keep = false
+
+		//nolint:usetesting // t.TempDir would be gone when somebody wants to look at it
+		dir, err = os.MkdirTemp("", "guestagent-vm-artifacts-")
+	} else {
+		dir = filepath.Join(dir, filepath.FromSlash(t.Name()))
+		err = os.MkdirAll(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatalf("making the folder for artifacts: %v", err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("artifacts are in %s", dir)
+			return
+		}
+		if !keep {
+			_ = os.RemoveAll(dir)
+		}
+	})
+	return dir
+}
+
+// save puts a text into the artifacts.
+func save(t testing.TB, name, text string) {
+	t.Helper()
+	name = filepath.Join(Artifacts(t), name)
+	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+		t.Errorf("saving artifacts: %v", err)
+	}
+}
+
+// Run runs a program in the guest and fails the test if its exit status is not 0. It returns standard output.
+func Run(t testing.TB, m *vm.Machine, argv ...string) string {
+	t.Helper()
+	res := Exec(t, m, vm.Command{Argv: argv})
+	if res.ExitCode != 0 {
+		t.Fatalf("%q in the guest: exit status %d\nstandard output:\n%s\nstandard error:\n%s",
+			strings.Join(argv, " "), res.ExitCode, res.Stdout, res.Stderr)
+	}
+	return string(res.Stdout)
+}
+
+// Exec runs a program in the guest. The test fails if that is not possible; any exit status is fine.
+func Exec(t testing.TB, m *vm.Machine, c vm.Command) vm.Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), commandTimeout)
+	defer cancel()
+	res, err := m.Exec(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res
+}
+
+// ReadFile reads a file in the guest; the test fails if that is not possible.
+func ReadFile(t testing.TB, m *vm.Machine, path string) []byte {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), commandTimeout)
+	defer cancel()
+	data, err := m.ReadFile(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// WriteFile puts a file in place in the guest; the test fails if that is not possible.
+func WriteFile(t testing.TB, m *vm.Machine, path string, mode os.FileMode, data []byte) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), commandTimeout)
+	defer cancel()
+	if err := m.WriteFile(ctx, path, mode, data); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Binary compiles the main package pkg for a guest and returns the file.
+func Binary(t testing.TB, pkg string) string {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	if err := vm.BuildBinary(t.Context(), pkg, out); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// GoTest compiles the tests of pkg, runs them in the guest as root with the arguments (-test.run=… and so on), and
+// fails the test if one fails, or skips: what skips elsewhere should be able to run in the guest.
+func GoTest(t testing.TB, m *vm.Machine, pkg string, args ...string) {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "test")
+	if err := vm.BuildTest(t.Context(), pkg, out); err != nil {
+		t.Fatal(err)
+	}
+	binary, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatalf("%s has no tests: %v", pkg, err)
+	}
+	dir := "/run/vm-test/" + filepath.Base(pkg)
+	WriteFile(t, m, dir+"/test", 0o755, binary)
+	// CI is what makes our tests fail rather than skip.
+	res := Exec(t, m, vm.Command{
+		Argv: append([]string{dir + "/test", "-test.v"}, args...),
+		Env:  []string{"CI=true"},
+		Dir:  dir,
+	})
+	output := string(res.Stdout) + string(res.Stderr)
+	switch {
+	case res.ExitCode != 0:
+		t.Errorf("tests of %s in the guest: exit status %d\n%s", pkg, res.ExitCode, output)
+	case strings.Contains(output, "--- SKIP:"):
+		t.Errorf("tests of %s in the guest skipped\n%s", pkg, output)
+	case strings.Contains(output, "no tests to run"):
+		t.Errorf("tests of %s in the guest: none ran\n%s", pkg, output)
+	default:
+		t.Logf("tests of %s in the guest:\n%s", pkg, output)
+	}
+}

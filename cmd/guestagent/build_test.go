@@ -53,7 +53,7 @@ func BenchmarkImportProcess(b *testing.B) {
 	path := release(b)
 	root := b.TempDir()
 	var oem []string
-	for _, name := range strings.Fields("a b c d e f g h i j") {
+	for name := range strings.FieldsSeq("a b c d e f g h i j") {
 		oem = append(oem, "io.guestagent.credential:"+name+"="+strings.Repeat("v", 100))
 	}
 	if err := agenttest.WriteSMBIOS(root, oem...); err != nil {

@@ -51,7 +51,7 @@ func TestNothingPrints(t *testing.T) {
 		t.Fatal("the test would not see a leak")
 	}
 	for name, v := range everywhere() {
-		for _, verb := range strings.Split("v +v #v s q x X d b o c U t e g p T 08x -40s", " ") {
+		for verb := range strings.SplitSeq("v +v #v s q x X d b o c U t e g p T 08x -40s", " ") {
 			if s := fmt.Sprintf("%"+verb, v); leaks(s) {
 				t.Errorf("%%%s of %s shows the secret: %s", verb, name, s)
 			}

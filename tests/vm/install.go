@@ -69,7 +69,7 @@ func enable(file string, unit []byte) []File {
 		if !ok {
 			continue
 		}
-		for _, target := range strings.Fields(value) {
+		for target := range strings.FieldsSeq(value) {
 			links = append(links, File{Path: path.Join("/etc/systemd/system", target+suffix, path.Base(file)), Symlink: file})
 		}
 	}

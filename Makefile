@@ -10,6 +10,8 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 DESTDIR ?=
 # The guests that `make test` boots: trixie, bookworm, sid, several with commas, or all.
 VM      ?= trixie
+# Only the tests that are given it boot guests.
+unexport VM
 # How long each fuzzer runs in `make fuzz`.
 FUZZTIME ?= 1m
 

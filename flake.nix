@@ -36,6 +36,7 @@
             pkgs.qemu
             pkgs.shellcheck
             pkgs.systemd
+            pkgs.vhost-device-vsock
             pkgs.zstd
           ];
         };

@@ -48,67 +48,93 @@ type change struct {
 	record record // what the state will say; its file is not known yet
 	value  secret.Value
 	remove bool
+	forget bool
 }
 
 // Apply puts the set in force, all of it or, with an error, nothing: a
 // [RefusedError] for what stands in the way, or what the file system said. An
 // error after the point of no return says so; the set is then finished by
-// whoever opens the store next, and this Tx can only be closed. Applying what is in force already changes
-// nothing.
+// whoever opens the store next, and this Tx can only be closed. Applying what
+// is in force already changes nothing.
 func (t *Tx) Apply(set Set) (Result, error) {
 	if err := t.writable(); err != nil {
 		return Result{}, err
 	}
-	if _, refusals := t.Check(set); len(refusals) > 0 {
-		return Result{}, &RefusedError{refusals}
+	p, err := t.plan(set)
+	if err != nil {
+		return Result{}, err
 	}
-	res := Result{Generation: t.st.Generation}
-	next := t.st.clone()
-	now, usec := time.Now().UTC(), monotonicUSec()
-	var changes []change
+	switch {
+	case len(p.changes) > 0:
+		err = t.commit(p.next, p.changes, p.at)
+	case p.noted:
+		err = t.saveState(p.next)
+	}
+	if err != nil {
+		return Result{}, err
+	}
+	return p.result, nil
+}
+
+// DryRun says what Apply would do with the set. It changes nothing.
+func (t *Tx) DryRun(set Set) (Result, error) {
+	p, err := t.plan(set)
+	return p.result, err
+}
+
+// A plan is what becomes of a set.
+type plan struct {
+	result  Result
+	next    state // but for the files, which commit knows
+	changes []change
+	noted   bool // next differs in more than values
+	at      time.Time
+}
+
+func (t *Tx) plan(set Set) (plan, error) {
+	if _, refusals := t.Check(set); len(refusals) > 0 {
+		return plan{}, &RefusedError{refusals}
+	}
+	p := plan{result: Result{Generation: t.st.Generation}, next: t.st.clone(), at: time.Now().UTC()}
+	usec := monotonicUSec()
 	for _, c := range set.Install {
-		r := record{
-			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1,
-			InstalledAt: now, InstalledUSec: usec,
-		}
 		if t.Holds(c.Name, c.Value) {
 			old := t.st.Entries[c.Name]
 			// A boot-time source does not relabel what came later.
 			if old.Revision == c.Revision || set.Source == credential.SourceSMBIOS {
-				res.Unchanged = append(res.Unchanged, c.Name)
+				p.result.Unchanged = append(p.result.Unchanged, c.Name)
 				continue
 			}
 			old.Revision, old.Source = c.Revision, set.Source
-			next.Entries[c.Name] = old
-			res.Relabelled = append(res.Relabelled, c.Name)
+			p.next.Entries[c.Name] = old
+			p.noted = true
+			p.result.Relabelled = append(p.result.Relabelled, c.Name)
 			continue
 		}
-		changes = append(changes, change{name: c.Name, record: r, value: c.Value})
-		res.Installed = append(res.Installed, c.Name)
+		r := record{
+			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1,
+			InstalledAt: p.at, InstalledUSec: usec,
+		}
+		p.changes = append(p.changes, change{name: c.Name, record: r, value: c.Value, forget: set.Forget})
+		p.result.Installed = append(p.result.Installed, c.Name)
 	}
 	for _, name := range set.Remove {
 		if _, ok := t.st.Entries[name]; ok {
-			changes = append(changes, change{name: name, remove: true})
-			res.Removed = append(res.Removed, name)
+			p.changes = append(p.changes, change{name: name, remove: true, forget: set.Forget})
+			p.result.Removed = append(p.result.Removed, name)
 			continue
 		}
 		// Removing what is not there is remembered too: SMBIOS may bring it.
-		if _, ok := next.Removed[name]; !ok {
-			next.Removed[name] = tombstone{Generation: t.st.Generation, At: now}
+		if _, ok := p.next.Removed[name]; !ok {
+			p.next.Removed[name] = tombstone{Generation: t.st.Generation, At: p.at}
+			p.noted = true
 		}
-		res.Unchanged = append(res.Unchanged, name)
+		p.result.Unchanged = append(p.result.Unchanged, name)
 	}
-	if len(changes) == 0 {
-		if len(res.Relabelled) > 0 || len(next.Removed) != len(t.st.Removed) {
-			return res, t.saveState(next)
-		}
-		return res, nil
+	if len(p.changes) > 0 {
+		p.result.Generation++
 	}
-	res.Generation++
-	if err := t.commit(next, changes, now); err != nil {
-		return Result{}, err
-	}
-	return res, nil
+	return p, nil
 }
 
 // Rollback puts back what the last set replaced: the bytes, the revisions and
@@ -205,7 +231,7 @@ func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) e
 	defer keep.close()
 
 	for _, c := range changes {
-		o := op{Name: c.name}
+		o := op{Name: c.name, Forget: c.forget}
 		next.Previous.Entries[c.name] = nil
 		if old, ok := t.st.Entries[c.name]; ok {
 			next.Previous.Entries[c.name] = &old
@@ -235,6 +261,9 @@ func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) e
 			c.record.File = id
 			next.Entries[c.name] = c.record
 			delete(next.Removed, c.name)
+		}
+		if c.forget {
+			delete(next.Previous.Entries, c.name)
 		}
 		j.Ops = append(j.Ops, o)
 	}
@@ -298,8 +327,21 @@ func (t *Tx) finish(j journal) error {
 	if err := rename(t.own, nextFile, t.own, stateFile, false); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return unfinished(err)
 	}
-	if _, err := t.own.stat(keepDir); err == nil {
-		if err := t.at("forget"); err != nil {
+	keep, err := t.own.sub(keepDir, false)
+	if err == nil {
+		defer keep.close()
+		for _, o := range j.Ops {
+			if !o.Forget {
+				continue
+			}
+			if err := t.at("forget"); err != nil {
+				return unfinished(err)
+			}
+			if err := keep.unlink(o.Name); err != nil {
+				return unfinished(err)
+			}
+		}
+		if err := t.at("drop"); err != nil {
 			return unfinished(err)
 		}
 		if err := t.own.removeSub(previousDir); err != nil {

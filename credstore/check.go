@@ -22,6 +22,8 @@ type Set struct {
 	// Remove are names to take out of force. A name the store does not have is
 	// no error.
 	Remove []string
+	// Forget keeps no previous value of any of these names for [Tx.Rollback].
+	Forget bool
 }
 
 // A Credential is a name and a value to install.
@@ -54,8 +56,9 @@ func (e *RefusedError) Error() string {
 // Check splits the set into what [Tx.Apply] would take and what it would
 // refuse, in the order given. It changes nothing.
 func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
-	accepted = Set{Source: set.Source}
+	accepted = Set{Source: set.Source, Forget: set.Forget}
 	c := newChecker(t)
+	c.forget = set.Forget
 	refuse := func(name string, reason credential.Reason, format string, a ...any) {
 		refusals = append(refusals, credential.Refusal{Name: name, Source: set.Source, Reason: reason, Detail: fmt.Sprintf(format, a...)})
 	}
@@ -94,6 +97,7 @@ type checker struct {
 	forceBytes, keptBytes int64
 	forceNames, keptNames int
 	tombstones            int
+	forget                bool
 }
 
 func newChecker(t *Tx) *checker {
@@ -122,10 +126,7 @@ func (c *checker) remove(name string) (credential.Reason, string) {
 	if reason, detail := c.foreign(name); reason != "" {
 		return reason, detail
 	}
-	c.forceBytes -= r.File.Size
-	c.forceNames--
-	c.keptBytes += r.File.Size
-	c.keptNames++
+	c.replaced(r)
 	return "", ""
 }
 
@@ -164,7 +165,8 @@ func (c *checker) install(source credential.Source, cred Credential) (credential
 		return credential.ReasonTooLarge, fmt.Sprintf("the set has more than %d names", credential.MaxSetNames)
 	}
 	if !same {
-		// The value that is replaced is kept for rollback.
+		// The value that is replaced is kept for rollback, or at least until
+		// the set is through.
 		if c.forceBytes+c.keptBytes+size > credential.MaxStoreSize {
 			return credential.ReasonTooLarge, fmt.Sprintf("with its %d bytes the store, and what is kept for rollback, would pass %d; remove what is not needed first", size, credential.MaxStoreSize)
 		}
@@ -174,15 +176,22 @@ func (c *checker) install(source credential.Source, cred Credential) (credential
 		c.forceBytes += size
 		c.forceNames++
 		if installed {
-			c.forceBytes -= old.File.Size
-			c.forceNames--
-			c.keptBytes += old.File.Size
-			c.keptNames++
+			c.replaced(old)
 		}
 	}
 	c.setBytes += size
 	c.setNames++
 	return "", ""
+}
+
+// replaced accounts for a value that goes out of force.
+func (c *checker) replaced(r record) {
+	c.forceBytes -= r.File.Size
+	c.forceNames--
+	if !c.forget {
+		c.keptBytes += r.File.Size
+		c.keptNames++
+	}
 }
 
 // name checks the name itself, and that it stands once in the set.

@@ -108,6 +108,8 @@ type op struct {
 	// file in force afterwards, nil where the name is removed.
 	Old *identity `json:"old,omitempty"`
 	New *identity `json:"new,omitempty"`
+	// Forget drops the old file when the set is through.
+	Forget bool `json:"forget,omitempty"`
 }
 
 type journal struct {

@@ -383,6 +383,23 @@ func TestRollback(t *testing.T) {
 	}
 }
 
+// A set that forgets leaves nothing to roll back to, for its own names only.
+func TestForget(t *testing.T) {
+	f := newFixture(t)
+	f.apply(push(cred("a", "1"), cred("b", "1"), cred("c", "1")))
+	set := push(cred("a", "2"), cred("new", "2"))
+	set.Remove, set.Forget = []string{"b"}, true
+	f.apply(set)
+	f.wantFiles(map[string]string{"run/credstore/a": "2", "run/credstore/c": "1", "run/credstore/new": "2"})
+	if left, err := os.ReadDir(filepath.Join(f.dir, ownDir, previousDir)); err != nil || len(left) != 0 {
+		t.Errorf("previous holds %v, %v, want nothing", left, err)
+	}
+	tx := f.begin()
+	if _, err := tx.Rollback(); !errors.Is(err, ErrNoPrevious) {
+		t.Errorf("Rollback = %v, want ErrNoPrevious", err)
+	}
+}
+
 func TestView(t *testing.T) {
 	f := newFixture(t)
 	view := func() *Tx {
@@ -403,6 +420,9 @@ func TestView(t *testing.T) {
 	}
 	if _, err := tx.Apply(push(cred("a", "x"))); err == nil {
 		t.Error("Apply on a view succeeded")
+	}
+	if res, err := tx.DryRun(push(cred("a", "x"))); err != nil || res.Generation != 1 || len(res.Installed) != 1 {
+		t.Errorf("DryRun on a view = %+v, %v", res, err)
 	}
 	if _, err := os.Stat(f.dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a view made the store: %v", err)

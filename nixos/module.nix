@@ -35,6 +35,28 @@ in
     };
   };
 
+  options.services.guestagent.settings.peer.privilegedPort = lib.mkOption {
+    type = lib.types.enum [
+      "required"
+      "ignored"
+    ];
+    default = "required";
+    description = ''
+      Whether the host has to call from a port below 1024, which only its root can. `ignored` is for VMMs that show vsock
+      as a Unix socket (cloud-hypervisor, Firecracker, vhost-device-vsock): they choose the port, and the permissions of
+      that socket are the guard.
+    '';
+  };
+
+  options.services.guestagent.settings.names.allow = lib.mkOption {
+    type = lib.types.listOf lib.types.str;
+    default = [ ];
+    example = [ "ssh.*" ];
+    description = ''
+      Names, or prefixes that end in `*`, that the host may set while the guest runs although systemd itself acts on them.
+    '';
+  };
+
   config = lib.mkIf cfg.enable {
     environment.etc."guestagent/config.json".source =
       json.generate "guestagent-config.json" cfg.settings;
@@ -44,6 +66,8 @@ in
     # import pulls it in.
     systemd.packages = [ cfg.package ];
     systemd.services.guestagent-import.wantedBy = [ "sysinit.target" ];
+    systemd.sockets.guestagent.wantedBy = [ "sockets.target" ];
+    systemd.sockets.guestagent-local.wantedBy = [ "sockets.target" ];
 
     # PID 1 imports OEM strings and fw_cfg in the initrd, and loads these there if the initrd has them.
     boot.initrd.availableKernelModules = [

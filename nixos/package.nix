@@ -19,11 +19,12 @@ buildGoModule (finalAttrs: {
       ../internal
       ../smbios
       ../systemd
+      ../vsockrpc
     ];
   };
 
   # tests/nix/check --update writes it anew after a change of go.mod.
-  vendorHash = "sha256-IXDs28kIDsfheXku1KEypQxOd736QZEjouAoErPj548=";
+  vendorHash = "sha256-H6DgJY/dYDNHV+mAQqFLvrsh9Up7zA0VYeGY6TPForA=";
 
   subPackages = [ "cmd/guestagent" ];
   env.CGO_ENABLED = 0;
@@ -38,7 +39,7 @@ buildGoModule (finalAttrs: {
 
   # The units of systemd/ as they are, but for the one path that NixOS does not have.
   postInstall = ''
-    install -D -m 444 -t "$out/lib/systemd/system" systemd/*.mount systemd/*.service
+    install -D -m 444 -t "$out/lib/systemd/system" systemd/*.mount systemd/*.service systemd/*.socket
     substituteInPlace "$out"/lib/systemd/system/*.service \
       --replace-fail /usr/bin/guestagent "$out/bin/guestagent"
   '';

@@ -1,7 +1,7 @@
 // Guestagent takes a virtual machine's credentials from its host into
 // systemd's credential store.
 //
-// Usage: guestagent [--root DIR] import | status | check-config | version
+// Usage: guestagent [--root DIR] import | status | serve | check-config | version
 package main
 
 import (
@@ -11,9 +11,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/guestagent/guestagent/internal/agent"
 )
@@ -32,6 +34,11 @@ Commands:
                  in /run/credentials, which a sandboxed service does not see
   status         tell which credentials are there, and what was refused and why
       --json     print the report as JSON
+  serve          answer the host on vsock port 1022, and root on the local socket
+      --idle TIME
+                 end when nobody has called for that long; systemd starts it again
+      --pid1-credentials DIR
+                 as for import
   check-config   tell what is wrong with /etc/guestagent/config.json
   version        print the version
 
@@ -84,12 +91,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	a := &agent.Agent{Version: version, Root: root}
 	command, args := args[0], args[1:]
 	var dryRun, asJSON bool
+	var idle time.Duration
 	args, err = parse(args, func(f *flag.FlagSet) {
 		switch command {
 		case "import":
 			f.BoolVar(&dryRun, "dry-run", false, "")
 			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
 			f.BoolVar(&asJSON, "json", false, "")
+		case "serve":
+			f.DurationVar(&idle, "idle", agent.DefaultIdle, "")
+			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
 		case "status":
 			f.BoolVar(&asJSON, "json", false, "")
 		}
@@ -116,6 +127,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return err
 		}
 		return write(stdout, report, asJSON)
+	case "serve":
+		return a.ServeActivated(ctx, idle, newLog(stderr))
 	case "check-config":
 		path, faults, err := a.CheckConfig()
 		if err != nil {
@@ -149,6 +162,18 @@ func parse(args []string, define func(*flag.FlagSet), help *bool) ([]string, err
 		return nil, usageError{err.Error()}
 	}
 	return f.Args(), nil
+}
+
+// newLog logs to w. The journal has the time by itself.
+func newLog(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
+		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
+				return slog.Attr{}
+			}
+			return a
+		},
+	}))
 }
 
 func write(w io.Writer, r *agent.Report, asJSON bool) error {

@@ -22,6 +22,7 @@ const (
 	pathBootID      = "proc/sys/kernel/random/boot_id"
 	pathStore       = "run/credstore"
 	pathCredentials = "run/credentials"
+	pathLocalSocket = "run/guestagent/varlink.sock"
 	pathPID1Socket  = "run/systemd/private"
 	pathSevGuest    = "sys/devices/platform/sev-guest"
 	pathTDXGuest    = "sys/class/misc/tdx_guest"

@@ -22,7 +22,33 @@ type Config struct {
 		// Read says whether the OEM strings of the VM are read.
 		Read SMBIOSRead
 	}
+	Peer struct {
+		// PrivilegedPort says whether the host has to call from a port below
+		// 1024, which only its root can.
+		PrivilegedPort PrivilegedPort
+		// Deny is set where something in peer was not understood. Then the host
+		// is refused: the fault may have been meant to keep somebody out.
+		Deny bool
+	}
+	Names struct {
+		// Allow are names, or prefixes that end in '*', that the host may set
+		// although systemd itself acts on them: see deniedPrefixes.
+		Allow []string
+	}
 }
+
+// PrivilegedPort is the key peer.privilegedPort.
+type PrivilegedPort string
+
+// The values of peer.privilegedPort.
+const (
+	// PortRequired refuses a host that calls from a port of 1024 and above. It
+	// is the default.
+	PortRequired PrivilegedPort = "required"
+	// PortIgnored takes every port, for VMMs that choose it themselves: there
+	// the permissions of their socket on the host are the guard.
+	PortIgnored PrivilegedPort = "ignored"
+)
 
 // SMBIOSRead is the key smbios.read.
 type SMBIOSRead string
@@ -87,7 +113,7 @@ func ReadConfig(path string) (Config, []ConfigFault, error) {
 // ParseConfig parses the configuration. Empty input is an empty configuration.
 func ParseConfig(b []byte) (Config, []ConfigFault) {
 	cfg := Config{}
-	cfg.SMBIOS.Read = ReadAuto
+	cfg.SMBIOS.Read, cfg.Peer.PrivilegedPort = ReadAuto, PortRequired
 	if len(bytes.TrimSpace(b)) == 0 {
 		return cfg, nil
 	}
@@ -102,6 +128,20 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 	p := configParser{b: b, dec: json.NewDecoder(bytes.NewReader(b))}
 	p.dec.UseNumber()
 	p.object("", map[string]func(string){
+		"names": func(key string) {
+			p.object(key, map[string]func(string){
+				"allow": func(key string) { p.strings(key, &cfg.Names.Allow) },
+			})
+		},
+		"peer": func(key string) {
+			before := len(p.faults)
+			p.object(key, map[string]func(string){
+				"privilegedPort": func(key string) {
+					p.choice(key, (*string)(&cfg.Peer.PrivilegedPort), string(PortRequired), string(PortIgnored))
+				},
+			})
+			cfg.Peer.Deny = len(p.faults) > before
+		},
 		"smbios": func(key string) {
 			p.object(key, map[string]func(string){
 				"read": func(key string) {
@@ -180,6 +220,32 @@ func (p *configParser) choice(key string, to *string, values ...string) {
 		p.fault(key, "want one of %s", strings.Join(values, ", "))
 	default:
 		*to = s
+	}
+}
+
+// strings reads an array of strings. One that is none costs the whole array.
+func (p *configParser) strings(key string, to *[]string) {
+	t := p.next()
+	if t != json.Delim('[') {
+		p.fault(key, "want an array of strings, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	var list []string
+	good := true
+	for p.dec.More() {
+		t := p.next()
+		s, ok := t.(string)
+		if !ok {
+			p.fault(key, "want an array of strings, have %s in it", kind(t))
+			p.skip(t)
+			good = false
+		}
+		list = append(list, s)
+	}
+	p.next() // the closing bracket
+	if good {
+		*to = list
 	}
 }
 

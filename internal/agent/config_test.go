@@ -29,7 +29,7 @@ func TestParseConfig(t *testing.T) {
 		{`{"smbios": "read"}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a string`}},
 		// Unknown keys cost nothing but themselves, whatever they hold.
 		{"{\n\"smbois\": {\"a\": [1, {\"b\": {}}, []]},\n\"smbios\": {\"Read\": \"never\", \"read\": \"always\"}}", ReadAlways, []string{
-			`line 2: key "smbois": unknown; known here: smbios`, `line 3: key "smbios.Read": unknown; known here: read`,
+			`line 2: key "smbois": unknown; known here: names, peer, smbios`, `line 3: key "smbios.Read": unknown; known here: read`,
 		}},
 		{"{\"smbios\": {\"read\": \"never\"},\n\"smbios\": {\"read\": \"always\"}}", ReadNever, []string{`line 2: key "smbios": stands twice; the first one holds`}},
 		{`{"smbios": {"read": "never", "read": "always"}}`, ReadNever, []string{`line 1: key "smbios.read": stands twice; the first one holds`}},
@@ -47,6 +47,32 @@ func TestParseConfig(t *testing.T) {
 		}
 		if cfg.SMBIOS.Read != tt.read || !slices.Equal(got, tt.faults) {
 			t.Errorf("ParseConfig(%q) = %q, %q, want %q, %q", tt.in, cfg.SMBIOS.Read, got, tt.read, tt.faults)
+		}
+	}
+}
+
+func TestParseConfigPeerAndNames(t *testing.T) {
+	tests := []struct {
+		in     string
+		port   PrivilegedPort
+		deny   bool
+		allow  []string
+		faults int
+	}{
+		{`{}`, PortRequired, false, nil, 0},
+		{`{"peer": {"privilegedPort": "ignored"}, "names": {"allow": ["tmpfiles.extra", "ssh.*"]}}`, PortIgnored, false, []string{"tmpfiles.extra", "ssh.*"}, 0},
+		// A fault in peer may have been meant to keep somebody out.
+		{`{"peer": {"privilegedPort": "no"}}`, PortRequired, true, nil, 1},
+		{`{"peer": {"privilegedport": "ignored"}}`, PortRequired, true, nil, 1},
+		{`{"peer": []}`, PortRequired, true, nil, 1},
+		{`{"peer": {}, "peer": {"privilegedPort": "ignored"}}`, PortRequired, false, nil, 1},
+		{`{"names": {"allow": ["a", 1, {"b": []}]}}`, PortRequired, false, nil, 2},
+		{`{"names": {"allow": "a"}, "smbios": 1}`, PortRequired, false, nil, 2},
+	}
+	for _, tt := range tests {
+		cfg, faults := ParseConfig([]byte(tt.in))
+		if cfg.Peer.PrivilegedPort != tt.port || cfg.Peer.Deny != tt.deny || !slices.Equal(cfg.Names.Allow, tt.allow) || len(faults) != tt.faults {
+			t.Errorf("ParseConfig(%q) = %+v, %v", tt.in, cfg, faults)
 		}
 	}
 }

@@ -90,6 +90,7 @@ const (
 	ReasonSuperseded  Reason = "superseded"  // a value that came later is in force
 	ReasonRemoved     Reason = "removed"     // it was removed since the last boot
 	ReasonDisabled    Reason = "disabled"    // systemd.import_credentials=no
+	ReasonDenied      Reason = "denied"      // systemd itself acts on the name
 	ReasonMore        Reason = "more"        // there were more refusals than are listed
 )
 

@@ -25,6 +25,7 @@ let
       "nix"
       "qemu"
       "shellcheck"
+      "vhost-device-vsock"
       "zstd"
     ] (name: self.hello // { pname = name; });
 
@@ -67,6 +68,12 @@ in
       lib.attrNames on.systemd.services == [ "guestagent-import" ]
       && on.systemd.services.guestagent-import.serviceConfig == { }
       && on.systemd.services.guestagent-import.overrideStrategy == "asDropinIfExists";
+    "module: it adds to the sockets" =
+      lib.attrNames on.systemd.sockets == [
+        "guestagent"
+        "guestagent-local"
+      ]
+      && lib.all (s: s.socketConfig == { } && s.listenStreams == [ ]) (lib.attrValues on.systemd.sockets);
     "module: the program is in the path" =
       map (p: p.pname) on.environment.systemPackages == [ "guestagent" ];
     "module: another package can be given" =
@@ -86,9 +93,22 @@ in
     "module: a guest without SMBIOS loads its modules" =
       !(lib.elem "dmi_sysfs" on.boot.kernelModules)
       && !(lib.elem "dmi_sysfs" on.boot.initrd.kernelModules);
-    "module: the configuration file by default" = configWith { } == { smbios.read = "auto"; };
+    "module: the configuration file by default" = 
+      configWith { } == {
+        names.allow = [ ];
+        peer.privilegedPort = "required";
+        smbios.read = "auto";
+      };
     "module: the configuration file with a setting" =
-      configWith { smbios.read = "never"; } == { smbios.read = "never"; };
+      configWith {
+        names.allow = [ "ssh.*" ];
+        peer.privilegedPort = "ignored";
+        smbios.read = "never";
+      } == {
+        names.allow = [ "ssh.*" ];
+        peer.privilegedPort = "ignored";
+        smbios.read = "never";
+      };
     "module: every option is described" =
       let
         undescribed =

@@ -6,6 +6,9 @@
 // virtio-serial port, from early in the boot on, also when the boot hangs. KVM is used where a probe that runs a guest
 // shows that it works, else QEMU's own emulation.
 //
+// With [VsockConfig] a guest has a vsock device, whose host side is a process of its own: see [DialVsock] and
+// [ListenVsock]. Nothing of it needs root or a kernel module on the host.
+//
 // The package is for tests and for demonstrations. It guarantees that what it started is gone after [Machine.Close], and
 // that an error of a boot ends with the last lines of the console. It does not protect the host from a guest beyond what
 // QEMU does, and the guest trusts the host without reserve. It knows nothing of package testing: helpers for tests are
@@ -13,7 +16,7 @@
 //
 // Environment:
 //
-//	GUESTAGENT_VM_CACHE  folder for images; else guestagent/vm in the user's cache folder
+//	GUESTAGENT_VM_CACHE  folder for images and vhost-device-vsock; else guestagent/vm in the user's cache folder
 //	GUESTAGENT_VM_ACCEL  kvm or tcg, instead of the probe
-//	MIRROR               Debian mirror to build from; else the one apt uses; else debootstrap's own
+//	MIRROR               Debian mirror to take from; else the one apt uses; else debootstrap's own
 package vm

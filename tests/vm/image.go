@@ -19,9 +19,9 @@ import (
 )
 
 var (
-	// ErrArchive means that debootstrap could not build the tree: a package is missing in the archive or cannot be
-	// installed, or the archive cannot be reached.
-	ErrArchive = errors.New("the Debian archive did not give a working system")
+	// ErrArchive means that a package is missing in the archive, cannot be installed or is not what the archive's keys
+	// vouch for, or that the archive cannot be reached.
+	ErrArchive = errors.New("the Debian archive did not give what is needed")
 	// ErrNeedsRoot means that an image has to be built and that only root can.
 	ErrNeedsRoot = errors.New("building a guest image needs root, for debootstrap's chroot and device nodes; run this as root")
 	// ErrMissingTool means that a program is not installed. The message names the Debian package.
@@ -313,7 +313,9 @@ func removeOld(cache, prefix, keep string) error {
 
 // needTools checks that programs are installed, and names all packages that are not.
 func needTools(names ...string) error {
-	pkg := map[string]string{"debootstrap": "debootstrap", "zstd": "zstd", qemuProgram: "qemu-system-x86"}
+	pkg := map[string]string{
+		"debootstrap": "debootstrap", "zstd": "zstd", qemuProgram: "qemu-system-x86", "gpgv": "gpgv", "dpkg-deb": "dpkg",
+	}
 	var missing, install []string
 	for _, n := range names {
 		if _, err := exec.LookPath(n); err != nil {

@@ -85,6 +85,8 @@ type Config struct {
 	SMBIOS64 bool
 	// Overlay is put into the guest's root.
 	Overlay []File
+	// Vsock gives the guest a vsock device; without it there is none.
+	Vsock *VsockConfig
 	// ExtraArgs are appended to QEMU's arguments.
 	ExtraArgs []string
 	// Artifacts is the folder for the console, the list of commands and what [Machine.Collect] writes. It is made
@@ -115,6 +117,7 @@ type Machine struct {
 	files     []io.Closer
 	commands  *commandLog
 	qemu      *qemu
+	vsock     *vsock
 	channel   *channel
 	wg        sync.WaitGroup
 }
@@ -194,6 +197,11 @@ func (m *Machine) prepare(ctx context.Context, cfg *Config) error {
 	if cfg.Guest == "" {
 		if cfg.Guest, err = buildGuest(ctx, m.dir); err != nil {
 			return err
+		}
+	}
+	if cfg.Vsock != nil {
+		if err := m.prepareVsock(ctx, *cfg.Vsock); err != nil {
+			return fmt.Errorf("preparing vsock: %w", err)
 		}
 	}
 	for i, s := range cfg.OEMStrings {
@@ -277,6 +285,9 @@ func (m *Machine) arguments(cfg *Config, accel, socket string) []string {
 		"-kernel", cfg.Image.Kernel, "-initrd", m.initrd(),
 		"-append", strings.Join(append(kernel, cfg.CommandLine...), " "),
 	}
+	if m.vsock != nil {
+		args = append(args, m.vsock.arguments(memory)...)
+	}
 	for i, s := range cfg.OEMStrings {
 		file := s.File
 		if file == "" {
@@ -311,6 +322,11 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	if err := os.WriteFile(filepath.Join(m.artifacts, "qemu.log"), []byte(line), 0o644); err != nil {
 		return err
 	}
+	if m.vsock != nil {
+		if err := m.vsock.start(ctx); err != nil {
+			return err
+		}
+	}
 	if m.qemu, err = startQEMU(args, cfg.Console); err != nil {
 		return err
 	}
@@ -320,6 +336,7 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	m.wg.Go(func() {
 		<-m.qemu.done
 		_ = l.Close()
+		m.vsock.stop()
 	})
 	conn, err := l.Accept()
 	if err != nil {
@@ -480,11 +497,12 @@ func (m *Machine) Close() error {
 	return nil
 }
 
-// stop ends QEMU and the channel.
+// stop ends QEMU, its vsock device and the channel.
 func (m *Machine) stop() {
 	if m.qemu != nil {
 		m.qemu.kill()
 	}
+	m.vsock.stop()
 	if m.channel != nil {
 		m.channel.close()
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -12,52 +13,65 @@ import (
 
 const qemuProgram = "qemu-system-x86_64"
 
-// qemu is one QEMU process.
-type qemu struct {
-	cmd    *exec.Cmd
-	stderr *tail
+// process is a program that does not outlive this one.
+type process struct {
+	cmd *exec.Cmd
 	// done is closed when the process has ended and err is set.
 	done chan struct{}
 	err  error
+}
+
+func newProcess(program string, args ...string) *process {
+	return &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
+}
+
+// start starts the process. The caller waits for done.
+func (p *process) start() error {
+	dieWithThread(p.cmd)
+	started := make(chan error, 1)
+	go func() {
+		// The kernel kills the process when this thread ends: no other goroutine may end it before.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	if err := <-started; err != nil {
+		return fmt.Errorf("starting %s: %w", filepath.Base(p.cmd.Path), err)
+	}
+	return nil
+}
+
+// kill ends the process and waits for its end.
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
+}
+
+// qemu is one QEMU process.
+type qemu struct {
+	*process
+	stderr *tail
 
 	mu     sync.Mutex
 	broken bool
 }
 
-// startQEMU starts QEMU. What it writes to standard output, where args put the console, goes to console. The process
-// does not outlive this one. The caller waits for done.
+// startQEMU starts QEMU. What it writes to standard output, where args put the console, goes to console. The caller
+// waits for done.
 func startQEMU(args []string, console io.Writer) (*qemu, error) {
-	q := &qemu{
-		cmd:    exec.Command(qemuProgram, args...),
-		stderr: newTail(tailBytes),
-		done:   make(chan struct{}),
-	}
+	q := &qemu{process: newProcess(qemuProgram, args...), stderr: newTail(tailBytes)}
 	q.cmd.Stdout = console
 	q.cmd.Stderr = stderrWatch{q}
-	dieWithThread(q.cmd)
-	started := make(chan error, 1)
-	go func() {
-		// The kernel kills QEMU when this thread ends: no other goroutine may end it before.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := q.cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		q.err = q.cmd.Wait()
-		close(q.done)
-	}()
-	if err := <-started; err != nil {
-		return nil, fmt.Errorf("starting %s: %w", qemuProgram, err)
+	if err := q.start(); err != nil {
+		return nil, err
 	}
 	return q, nil
-}
-
-// kill ends the process and waits for its end.
-func (q *qemu) kill() {
-	_ = q.cmd.Process.Kill()
-	<-q.done
 }
 
 // kvmBroken tells whether QEMU said that KVM cannot run this guest.

@@ -370,7 +370,7 @@ func TestChannel(t *testing.T) {
 		channel:  newChannel(host),
 		commands: &commandLog{w: &list},
 		console:  newTail(tailBytes),
-		qemu:     &qemu{done: ended, stderr: newTail(tailBytes)},
+		qemu:     &qemu{process: &process{done: ended}, stderr: newTail(tailBytes)},
 	}
 	<-m.channel.hello
 

@@ -1,4 +1,5 @@
-// Demo boots a virtual machine with a secret in an SMBIOS OEM string, and shows how it reaches a service.
+// Demo boots a virtual machine with a secret in an SMBIOS OEM string, and shows how it reaches a service. Then it pushes
+// another one into the running machine.
 package main
 
 import (
@@ -10,7 +11,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -62,6 +65,8 @@ func run(ctx context.Context, out io.Writer) (err error) {
 		overlay,
 		vm.File{Path: "/etc/systemd/system/demo.service", Content: []byte(unit)},
 		vm.File{Path: "/etc/systemd/system/multi-user.target.wants/demo.service", Symlink: "../demo.service"},
+		// The device that stands in for vhost-vsock here chooses the port by itself.
+		vm.File{Path: "/etc/guestagent/config.json", Content: []byte(`{"peer": {"privilegedPort": "ignored"}}`)},
 	)
 
 	key := make([]byte, 16)
@@ -72,6 +77,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 		Image:   image,
 		Overlay: overlay,
 		Console: out,
+		Vsock:   &vm.VsockConfig{},
 		OEMStrings: vm.OEM(
 			"io.guestagent.credential:api-key="+text,
 			"io.guestagent.credential.binary:certificate=not base64",
@@ -111,5 +117,40 @@ func run(ctx context.Context, out io.Writer) (err error) {
 		return fmt.Errorf("the service did not get the key: its journal says %q", res.Stdout)
 	}
 	say("The service has the key that the host made: both say SHA-256 %s…", sum[:16])
+	return push(ctx, out, m, dir)
+}
+
+// push shows the other half: the host changes a running guest.
+func push(ctx context.Context, out io.Writer, m *vm.Machine, dir string) error {
+	ctl := filepath.Join(dir, "guestctl")
+	if err := vm.BuildBinary(ctx, "github.com/guestagent/guestagent/cmd/guestctl", ctl); err != nil {
+		return err
+	}
+	file := filepath.Join(dir, "db-password")
+	if err := os.WriteFile(file, []byte("not a real one"), 0o600); err != nil {
+		return err
+	}
+	target := "vsock-mux:" + m.VsockPath()
+	for _, args := range [][]string{
+		{"push", target, "--revision=2", "db-password:" + file},
+		{"list", target},
+	} {
+		fmt.Fprintf(out, "\n==> On the host: guestctl %s\n", strings.Join(args, " "))
+		cmd := exec.CommandContext(ctx, ctl, args...)
+		cmd.Stdout, cmd.Stderr = out, out
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("running guestctl: %w", err)
+		}
+	}
+	command := "systemd-run --quiet --wait --pipe --property=LoadCredential=db-password sh -c 'wc -c < $CREDENTIALS_DIRECTORY/db-password'"
+	fmt.Fprintf(out, "\n==> In the guest, a service that starts now: %s\n", command)
+	res, err := m.Run(ctx, "sh", "-c", command)
+	if err != nil {
+		return err
+	}
+	_, _ = out.Write(append(res.Stdout, res.Stderr...))
+	if strings.TrimSpace(string(res.Stdout)) != "14" {
+		return errors.New("the service did not get what was pushed")
+	}
 	return nil
 }

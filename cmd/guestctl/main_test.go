@@ -1,0 +1,230 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/guestagent/guestagent/internal/host"
+	"github.com/guestagent/guestagent/internal/host/hosttest"
+	"github.com/guestagent/guestagent/vsockrpc"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"guestctl": main, "vsock": main}) // vsock is the bridge
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			// A program with the race detector waits a second at its end.
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
+			env.Values["hostile"] = map[string]*hosttest.HostileGuest{}
+			env.Values["guests"] = map[string]*hosttest.Guest{}
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"interrupt": interrupt, "vm": vm, "guest": guest, "hostile": hostile, "value": value, "calls": calls,
+		},
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+	})
+}
+
+func guests(ts *testscript.TestScript) map[string]*hosttest.Guest {
+	return ts.Value("guests").(map[string]*hosttest.Guest)
+}
+
+func register(dir, name, target string) error {
+	dir = filepath.Join(dir, "vms")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	b, err := json.Marshal(map[string]string{"target": target})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, name+".json"), b, 0o600)
+}
+
+// vm NAME TARGET enters a VM into vms/.
+func vm(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: vm NAME TARGET")
+	}
+	ts.Check(register(ts.MkAbs("."), args[0], args[1]))
+}
+
+// guest NAME… starts guests, and enters them into vms/.
+func guest(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: guest NAME…")
+	}
+	for _, name := range args {
+		g, err := hosttest.Start(ts.MkAbs("."), name)
+		ts.Check(err)
+		ts.Defer(g.Close)
+		guests(ts)[name] = g
+		ts.Check(register(ts.MkAbs("."), name, "unix:"+g.Socket))
+	}
+}
+
+// hostile KIND… starts guests that mean no good, named after what they do.
+func hostile(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: hostile KIND…")
+	}
+	for _, kind := range args {
+		g, err := hosttest.Hostile(ts.MkAbs("."), kind, kind)
+		ts.Check(err)
+		ts.Defer(g.Close)
+		ts.Value("hostile").(map[string]*hosttest.HostileGuest)[kind] = g
+		ts.Check(register(ts.MkAbs("."), kind, "unix:"+ts.MkAbs(kind+".sock")))
+	}
+}
+
+// [!] value GUEST NAME [FILE] checks that a guest has a value, or none.
+func value(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 || len(args) == 2 != neg {
+		ts.Fatalf("usage: [!] value GUEST NAME [FILE]")
+	}
+	got, ok := guests(ts)[args[0]].Value(args[1])
+	if ok == neg {
+		ts.Fatalf("%s in %s: %v, want %v", args[1], args[0], ok, !neg)
+	}
+	if !neg && got != ts.ReadFile(args[2]) {
+		ts.Fatalf("%s in %s = %q", args[1], args[0], got)
+	}
+}
+
+// interrupt GUEST interrupts what runs in the background as soon as the guest,
+// a silent one, was called.
+func interrupt(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: interrupt GUEST")
+	}
+	<-ts.Value("hostile").(map[string]*hosttest.HostileGuest)[args[0]].Called()
+	for _, c := range ts.BackgroundCmds() {
+		ts.Check(c.Process.Signal(os.Interrupt))
+	}
+}
+
+// calls GUEST N checks how often a guest was called.
+func calls(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: calls GUEST N")
+	}
+	if got := strconv.Itoa(guests(ts)[args[0]].Calls()); got != args[1] {
+		ts.Fatalf("%s was called %s times, want %s", args[0], got, args[1])
+	}
+}
+
+// terminal runs guestctl as on a terminal.
+func terminal(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	var out, errOut strings.Builder
+	p := &program{stdin: strings.NewReader("value"), stdout: &out, stderr: &errOut, terminal: true}
+	root := p.root()
+	root.SetArgs(args)
+	root.SetOut(&out)
+	root.SetErr(&errOut)
+	err = root.ExecuteContext(t.Context())
+	return out.String(), errOut.String(), err
+}
+
+func TestTables(t *testing.T) {
+	t.Setenv("TZ", "UTC")
+	dir := t.TempDir()
+	for _, name := range []string{"a", "b"} {
+		g, err := hosttest.Start(dir, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(g.Close)
+		if err := register(dir, name, "unix:"+g.Socket); err != nil {
+			t.Fatal(err)
+		}
+	}
+	vms := "--vms=" + filepath.Join(dir, "vms")
+	if _, _, err := terminal(t, vms, "push", "a", "api-key:-", "--revision", "r1"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"list", "a"}, []string{"NAME REVISION SIZE SOURCE STATE INSTALLED", "api-key r1 5 push inForce 2026-01-02 03:04:05", "1 credential, generation 1"}},
+		{[]string{"list", "a,b"}, []string{"GUEST GENERATION CREDENTIALS", "a 1 api-key", "b 0 -"}},
+		{[]string{"list", "--all", "--batch=2"}, []string{"GUEST GENERATION CREDENTIALS", "a 1 api-key", "b 0 -"}},
+		{[]string{"list"}, []string{"VM TARGET STATE AGENT", "reachable guestagent test", "reachable guestagent test"}},
+	} {
+		stdout, stderr, err := terminal(t, append(c.args, vms)...)
+		lines := strings.Split(strings.TrimSpace(stdout), "\n")
+		ok := err == nil && stderr == "" && len(lines) == len(c.want)
+		for i := range min(len(lines), len(c.want)) {
+			ok = ok && strings.Contains(strings.Join(strings.Fields(lines[i]), " "), c.want[i])
+		}
+		if !ok {
+			t.Errorf("guestctl %q = %q, %q, %v, want %q", c.args, stdout, stderr, err, c.want)
+		}
+	}
+}
+
+func TestJSONIsPrintable(t *testing.T) {
+	in := host.Result{Guest: hosttest.Escapes + "é\U000E0001\u2028", Entries: []vsockrpc.Entry{}}
+	var b strings.Builder
+	if err := writeJSON(&b, in); err != nil {
+		t.Fatal(err)
+	}
+	if want := `{"guest":"\u001b]0;owned\u0007\u009b31m\u202e\u007fé\udb40\udc01\u2028","target":"","entries":[]}` + "\n"; b.String() != want {
+		t.Errorf("writeJSON = %s, want %s", b.String(), want)
+	}
+	var out host.Result
+	if err := json.Unmarshal([]byte(b.String()), &out); err != nil || out.Guest != in.Guest {
+		t.Errorf("decoded = %q, %v, want %q", out.Guest, err, in.Guest)
+	}
+}
+
+// On a terminal a line says who is waited for, and is gone afterwards.
+func TestProgress(t *testing.T) {
+	dir := t.TempDir()
+	g, err := hosttest.Start(dir, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(g.Close)
+	var out, errOut strings.Builder
+	p := &program{stdout: &out, stderr: &errOut, errTerminal: true}
+	root := p.root()
+	root.SetArgs([]string{"rm", "unix:" + g.Socket, "a"})
+	err = root.ExecuteContext(t.Context())
+	if want := "\r\x1b[Kwaiting for unix:" + g.Socket + "\r\x1b[K"; err != nil || errOut.String() != want {
+		t.Errorf("stderr = %q, %v, want %q", errOut.String(), err, want)
+	}
+}
+
+type fullDisk struct{}
+
+func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no space") }
+
+func TestWriteError(t *testing.T) {
+	dir := t.TempDir()
+	g, err := hosttest.Start(dir, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(g.Close)
+	for _, args := range [][]string{{"rm", "unix:" + g.Socket, "a"}, {"rm", "unix:" + g.Socket, "a", "--json"}, {"list", "unix:" + g.Socket, "--json"}} {
+		var stderr strings.Builder
+		if err := run(t.Context(), args, nil, fullDisk{}, &stderr); err == nil || !strings.Contains(err.Error(), "writing the results") {
+			t.Errorf("run(%q) = %v, want an error of writing", args, err)
+		}
+	}
+}

@@ -1,0 +1,166 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/guestagent/guestagent/internal/credential"
+	"github.com/guestagent/guestagent/vsockrpc"
+)
+
+// The exit statuses of a program that did something to guests. 2, wrong usage,
+// is the program's own.
+const (
+	StatusDone        = 0
+	StatusFailed      = 1 // or refused
+	StatusUnreachable = 4
+)
+
+// A Code says in one word what went wrong with a guest. The words are part of
+// --json: they are added to, never changed.
+type Code string
+
+// The codes there are. The first ones are the steps of reaching a guest.
+const (
+	CodeNoSocket    Code = "noSocket"    // no such socket or guest, or it may not be opened
+	CodeNoListener  Code = "noListener"  // nobody listens there
+	CodeNotVsockMux Code = "notVsockMux" // what answered CONNECT is no VMM
+	CodePeerRefused Code = "peerRefused" // the agent hung up without a word
+	CodeNoAnswer    Code = "noAnswer"    // there was none in time
+
+	CodeRefused            Code = "refused"            // refusals say which credentials, and why
+	CodeGenerationMismatch Code = "generationMismatch" // another generation is in force than the expected one
+	CodeNoPrevious         Code = "noPrevious"         // nothing is kept to roll back to
+	CodeAnswered           Code = "error"              // the agent answered with another error
+	CodeBadAnswer          Code = "badAnswer"          // the answer makes no sense
+	CodeInterrupted        Code = "interrupted"        // somebody stopped this program
+	CodeNotTried           Code = "notTried"           // another guest had failed before
+	CodeInternal           Code = "internal"           // anything else
+)
+
+// A Failure says what went wrong with a guest.
+type Failure struct {
+	Code Code `json:"code"`
+	// Message is one line for people, fit for a terminal.
+	Message string `json:"message"`
+	// Refusals go with CodeRefused. They are the guest's words as they came.
+	Refusals []credential.Refusal `json:"refusals,omitzero"`
+	// Generation is the one in force, with CodeGenerationMismatch.
+	Generation *int64 `json:"generation,omitzero"`
+}
+
+var _ error = (*Failure)(nil)
+
+func (f *Failure) Error() string { return f.Message }
+
+// Status returns the exit status that the failure is worth.
+func (f *Failure) Status() int {
+	switch f.Code {
+	case CodeNoSocket, CodeNoListener, CodeNotVsockMux, CodePeerRefused, CodeNoAnswer:
+		return StatusUnreachable
+	}
+	return StatusFailed
+}
+
+// Status returns the exit status that an error of this package is worth.
+func Status(err error) int {
+	if f, ok := errors.AsType[*Failure](err); ok {
+		return f.Status()
+	}
+	switch {
+	case err == nil:
+		return StatusDone
+	case errors.Is(err, ErrUnknownVM):
+		return StatusUnreachable
+	}
+	return StatusFailed
+}
+
+// maxDetail bounds what a message quotes of a guest, in bytes.
+const maxDetail = 400
+
+// failure is the one place where an error of vsockrpc becomes a Failure.
+// Unknown says that the guest may have done what it was asked for, interrupted
+// that this program was stopped.
+func failure(err error, unknown, interrupted bool) *Failure {
+	text := vsockrpc.Escape(err.Error(), 4*maxDetail)
+	if e, ok := errors.AsType[*vsockrpc.ConnectError](err); ok {
+		return connectFailure(e, unknown)
+	}
+	if e, ok := errors.AsType[*vsockrpc.RefusedError](err); ok {
+		f := &Failure{Code: CodeRefused, Refusals: e.Refusals, Message: fmt.Sprintf("%d credentials were refused; nothing was changed", len(e.Refusals))}
+		if len(e.Refusals) == 1 {
+			f.Message = "refused: " + vsockrpc.Escape(e.Refusals[0].String(), maxDetail) + "; nothing was changed"
+		}
+		return f
+	}
+	if e, ok := errors.AsType[*vsockrpc.GenerationMismatchError](err); ok {
+		return &Failure{
+			Code: CodeGenerationMismatch, Generation: &e.Generation,
+			Message: text + "; nothing was changed: look at what is there with `guestctl list`, and expect that one",
+		}
+	}
+	if _, ok := errors.AsType[*vsockrpc.NoPreviousError](err); ok {
+		return &Failure{Code: CodeNoPrevious, Message: text + "; push the values that should be in force"}
+	}
+	if e, ok := errors.AsType[*vsockrpc.Error](err); ok {
+		return &Failure{Code: CodeAnswered, Message: answered(e)}
+	}
+	hint := ""
+	if unknown {
+		hint = "; whether it was done is unknown: `guestctl list` tells"
+	}
+	switch {
+	case errors.Is(err, vsockrpc.ErrProtocol):
+		return &Failure{Code: CodeBadAnswer, Message: text + hint}
+	case interrupted:
+		return &Failure{Code: CodeInterrupted, Message: "interrupted" + hint}
+	}
+	return &Failure{Code: CodeInternal, Message: text + hint}
+}
+
+// connectFailure names the step that failed, and the way out.
+func connectFailure(e *vsockrpc.ConnectError, unknown bool) *Failure {
+	f := &Failure{Code: CodeInternal}
+	what, hint := "it cannot be reached", ""
+	switch e.Step {
+	case vsockrpc.StepSocket:
+		f.Code, what, hint = CodeNoSocket, "no way to it", "does the VM run, and may this user open its socket?"
+	case vsockrpc.StepListener:
+		f.Code, what, hint = CodeNoListener, "nobody listens", "does guestagent.socket run in the guest?"
+	case vsockrpc.StepHandshake:
+		f.Code, what, hint = CodeNotVsockMux, "what answers is no VMM", "is that the socket of its vsock device?"
+	case vsockrpc.StepRefused:
+		f.Code, what, hint = CodePeerRefused, "it hung up without an answer", "it takes calls from root, over AF_VSOCK from a port below 1024 (peer.privilegedPort), and its journal tells whom it refused"
+	case vsockrpc.StepAnswer:
+		f.Code, what, hint = CodeNoAnswer, "no answer in time", "is the guest up? --timeout waits longer"
+	}
+	if unknown && e.Step == vsockrpc.StepAnswer {
+		hint = "whether it was done is unknown: `guestctl list` tells; --timeout waits longer"
+	}
+	f.Message = what
+	if e.Err != nil && e.Step != vsockrpc.StepAnswer {
+		f.Message += ": " + vsockrpc.Escape(e.Err.Error(), maxDetail)
+	}
+	if hint != "" {
+		f.Message += "; " + hint
+	}
+	return f
+}
+
+// answered says what an error means that any method may answer.
+func answered(e *vsockrpc.Error) string {
+	switch e.Name {
+	case "org.varlink.service.PermissionDenied":
+		return "the agent does not let this caller do that; the guest's journal tells why"
+	case "org.varlink.service.InterfaceNotFound", "org.varlink.service.MethodNotFound", "org.varlink.service.MethodNotImplemented":
+		return "the agent does not know the method: it is older than this guestctl, or not guestagent"
+	case "io.guestagent.Busy":
+		return "the agent has too many callers; try again later"
+	case "io.guestagent.MessageTooLarge":
+		return "the set is too large for the agent; push it in parts"
+	case "io.guestagent.InternalError":
+		return "the agent failed; the guest's journal tells why"
+	}
+	return fmt.Sprintf("the agent answered %s", vsockrpc.Escape(e.Error(), maxDetail))
+}

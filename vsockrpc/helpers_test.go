@@ -1,0 +1,348 @@
+package vsockrpc
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/guestagent/guestagent/internal/credential"
+	"github.com/guestagent/guestagent/internal/secret"
+)
+
+// TestMain checks that no test leaves a goroutine or a file descriptor behind.
+func TestMain(m *testing.M) {
+	before := resources()
+	code := m.Run()
+	// The fuzzing engine keeps some of its own.
+	if fuzz := flag.Lookup("test.fuzz"); code == 0 && fuzz.Value.String() == "" {
+		var after [2]int
+		for range 100 { // what ends needs a moment
+			runtime.GC() // finalizers close what was left to them
+			if after = resources(); after[0] <= before[0] && after[1] <= before[1] {
+				break
+			}
+			<-time.After(20 * time.Millisecond)
+		}
+		if after[0] > before[0] || after[1] > before[1] {
+			stacks := make([]byte, 1<<20)
+			fmt.Fprintf(os.Stderr, "left behind: goroutines %d, was %d; descriptors %d, was %d\n%s\n",
+				after[0], before[0], after[1], before[1], stacks[:runtime.Stack(stacks, true)])
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// resources counts goroutines and file descriptors.
+func resources() [2]int {
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return [2]int{runtime.NumGoroutine(), 0}
+	}
+	// The poller takes some with its first socket, and keeps them.
+	n := 0
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+			n++
+		}
+	}
+	return [2]int{runtime.NumGoroutine(), n}
+}
+
+// allowAll authorises everybody.
+func allowAll(Peer) error { return nil }
+
+// A pipeListener hands out ends of net.Pipe.
+type pipeListener struct {
+	conns chan net.Conn
+	once  sync.Once
+	done  chan struct{}
+}
+
+var _ net.Listener = (*pipeListener)(nil)
+
+func newPipeListener() *pipeListener {
+	return &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return pipeAddr{} }
+
+type pipeAddr struct{}
+
+func (pipeAddr) Network() string { return "pipe" }
+func (pipeAddr) String() string  { return "pipe" }
+
+// dial connects to the listener.
+func (l *pipeListener) dial() net.Conn { return l.dialAs(nil) }
+
+// dialAs connects from an address.
+func (l *pipeListener) dialAs(addr net.Addr) net.Conn {
+	ours, theirs := net.Pipe()
+	if addr != nil {
+		theirs = addrConn{theirs, addr}
+	}
+	l.conns <- theirs
+	return ours
+}
+
+// An addrConn is a connection that comes from where it says.
+type addrConn struct {
+	net.Conn
+	addr net.Addr
+}
+
+func (c addrConn) RemoteAddr() net.Addr { return c.addr }
+
+// serve runs the server on a listener of pipes until the test ends.
+func serve(t testing.TB, s *Server) *pipeListener {
+	t.Helper()
+	l := newPipeListener()
+	serveOn(t, s, l)
+	return l
+}
+
+func serveOn(t testing.TB, s *Server, l net.Listener) {
+	t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = s.Serve(context.Background(), l) }) //nolint:usetesting // it is ended below
+	t.Cleanup(func() {
+		s.Close()
+		wg.Wait()
+	})
+}
+
+// serveUnix runs the server on a Unix socket, and returns its target.
+func serveUnix(t testing.TB, s *Server) Target {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveOn(t, s, l)
+	return Target{Scheme: SchemeUnix, Path: path}
+}
+
+func dialTest(t testing.TB, target Target) *Client {
+	t.Helper()
+	c, err := Dial(t.Context(), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// send writes s, in which a line's end stands for NUL.
+func send(t testing.TB, c net.Conn, s string) {
+	t.Helper()
+	if _, err := c.Write([]byte(strings.ReplaceAll(s, "\n", "\x00"))); err != nil {
+		t.Fatalf("writing: %v", err)
+	}
+}
+
+// expect reads one message.
+func expect(t testing.TB, c net.Conn, want string) {
+	t.Helper()
+	if got := readMessage(t, c); got != want {
+		t.Errorf("the answer is %s, want %s", got, want)
+	}
+}
+
+func readMessage(t testing.TB, c net.Conn) string {
+	t.Helper()
+	var b bytes.Buffer
+	for {
+		var one [1]byte
+		if _, err := c.Read(one[:]); err != nil {
+			t.Errorf("after %q: %v", b.String(), err)
+			return ""
+		}
+		if one[0] == 0 {
+			return b.String()
+		}
+		b.Write(one[:])
+	}
+}
+
+// expectEnd reads to the end, and wants nothing before it.
+func expectEnd(t testing.TB, c net.Conn) {
+	t.Helper()
+	if b, err := io.ReadAll(c); len(b) > 0 {
+		t.Errorf("read %q, %v, want the end", b, err)
+	}
+}
+
+// A logBuffer is a log that a test reads.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *logBuffer) logger() *slog.Logger {
+	return slog.New(slog.NewJSONHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// testInterface has a method for every behaviour.
+func testInterface() Interface {
+	return Interface{
+		Name:        "org.example.test",
+		Description: "interface org.example.test\nmethod Echo(s: string) -> (s: string)\n",
+		Methods: map[string]Handler{
+			"Echo": func(_ context.Context, call *Call) error {
+				d := call.Params()
+				var s string
+				d.Object(NewFields("s"), func(string) { s = d.String(1 << 20) })
+				if err := d.End(); err != nil {
+					return err
+				}
+				return call.Reply(EncodeFunc(func(e *Encoder) { e.String("s", s) }))
+			},
+			"Nothing": func(context.Context, *Call) error { return nil },
+			"Count": func(ctx context.Context, call *Call) error {
+				for i := range int64(3) {
+					reply := EncodeFunc(func(e *Encoder) { e.Int("i", i) })
+					if i == 2 {
+						return call.Reply(reply)
+					}
+					if err := call.ReplyMore(reply); err != nil {
+						return err
+					}
+				}
+				return nil
+			},
+			"Stream": func(ctx context.Context, call *Call) error {
+				if err := call.ReplyMore(nil); err != nil {
+					return err
+				}
+				<-ctx.Done()
+				return ctx.Err()
+			},
+			"Denied":   func(context.Context, *Call) error { return fmt.Errorf("no: %w", ErrPermissionDenied) },
+			"Fail":     func(context.Context, *Call) error { return fmt.Errorf("reading the moon: %w", io.ErrUnexpectedEOF) },
+			"Panic":    func(context.Context, *Call) error { panic("a panic that quotes " + marker) },
+			"Index":    func(context.Context, *Call) error { return []error{}[len(os.Args)] },
+			"Missing":  nil,
+			"TwoLasts": func(_ context.Context, call *Call) error { _ = call.Reply(nil); return call.Reply(nil) },
+			"Huge": func(_ context.Context, call *Call) error {
+				return call.Reply(EncodeFunc(func(e *Encoder) { e.String("s", strings.Repeat("x", MessageLimit)) }))
+			},
+		},
+	}
+}
+
+// fakeCredentials answers io.guestagent.Credentials from a map. The values go
+// where only the test looks.
+type fakeCredentials struct {
+	mu         sync.Mutex
+	generation int64
+	values     map[string][]byte
+}
+
+func (f *fakeCredentials) iface() Interface {
+	return Interface{Name: CredentialsInterface, Description: CredentialsDescription, Methods: map[string]Handler{
+		"Apply": func(_ context.Context, call *Call) error {
+			var p ApplyParams
+			if err := call.Decode(&p); err != nil {
+				return err
+			}
+			defer p.Wipe()
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if p.ExpectedGeneration != nil && *p.ExpectedGeneration != f.generation {
+				return &GenerationMismatchError{ExpectedGeneration: *p.ExpectedGeneration, Generation: f.generation}
+			}
+			r := ApplyResult{}
+			for _, c := range p.Set {
+				if c.Name == "foreign" {
+					return &RefusedError{Refusals: []credential.Refusal{{Name: c.Name, Source: credential.SourcePush, Reason: credential.ReasonForeign, Detail: "somebody's"}}}
+				}
+				f.values[c.Name] = bytes.Clone(c.Value.Bytes())
+				r.Installed = append(r.Installed, c.Name)
+			}
+			f.generation++
+			r.Generation = f.generation
+			return call.Reply(&r)
+		},
+		"List": func(_ context.Context, call *Call) error {
+			if err := call.Decode(&ListParams{}); err != nil {
+				return err
+			}
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			r := ListResult{Generation: f.generation}
+			for name, v := range f.values {
+				r.Entries = append(r.Entries, Entry{
+					Name: name, Revision: "r1", Size: int64(len(v)), Source: credential.SourcePush,
+					InstalledAt: "2026-11-22T00:00:00Z", State: "inForce", Path: "/run/credstore/" + name,
+				})
+			}
+			return call.Reply(&r)
+		},
+		"Remove": func(_ context.Context, call *Call) error {
+			var p RemoveParams
+			if err := call.Decode(&p); err != nil {
+				return err
+			}
+			return call.Reply(&RemoveResult{Generation: 1, Removed: p.Names})
+		},
+		"Rollback": func(_ context.Context, call *Call) error {
+			var p RollbackParams
+			if err := call.Decode(&p); err != nil {
+				return err
+			}
+			return &NoPreviousError{}
+		},
+	}}
+}
+
+// testServer has every interface and lets everybody in.
+func testServer() (*Server, *fakeCredentials) {
+	f := &fakeCredentials{values: map[string][]byte{}}
+	return &Server{
+		Vendor: "guestagent", Product: "guestagent", Version: "1.2.3", URL: "https://example.org/",
+		Interfaces: []Interface{testInterface(), f.iface()}, Authorize: allowAll,
+	}, f
+}
+
+func value(s string) secret.Value { return secret.New([]byte(s)) }
+
+// marker is a secret that must not be seen anywhere.
+const marker = "hunter2hunter2"

@@ -1,0 +1,313 @@
+package vsockrpc
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// An idl is a parsed .varlink file, as far as ours go.
+type idl struct {
+	name    string
+	types   map[string][]idlField
+	methods map[string]idlMethod
+	errors  map[string][]idlField
+}
+
+type idlMethod struct{ in, out []idlField }
+
+type idlField struct {
+	name, typ       string // typ without ? and []
+	optional, array bool
+}
+
+var idlToken = regexp.MustCompile(`#[^\n]*|[A-Za-z][A-Za-z0-9.-]*|->|\[\]|[?():,]`)
+
+// parseIDL parses what our files use of Varlink's notation, and fails on
+// anything else. varlinkctl validate-idl checks them in the VMs.
+func parseIDL(t *testing.T, text string) idl {
+	t.Helper()
+	p := idlParser{t: t}
+	for _, tok := range idlToken.FindAllString(text, -1) {
+		if !strings.HasPrefix(tok, "#") {
+			p.tokens = append(p.tokens, tok)
+		}
+	}
+	if rest := strings.TrimSpace(idlToken.ReplaceAllString(text, "")); rest != "" {
+		t.Fatalf("the description has something else: %q", rest)
+	}
+	x := idl{types: map[string][]idlField{}, methods: map[string]idlMethod{}, errors: map[string][]idlField{}}
+	p.want("interface")
+	x.name = p.next()
+	for len(p.tokens) > 0 {
+		kind, name := p.next(), p.next()
+		if !validMember(name) {
+			t.Fatalf("%q is no name", name)
+		}
+		switch kind {
+		case "type":
+			x.types[name] = p.fields()
+		case "error":
+			x.errors[name] = p.fields()
+		case "method":
+			in := p.fields()
+			p.want("->")
+			x.methods[name] = idlMethod{in, p.fields()}
+		default:
+			t.Fatalf("%q is no definition", kind)
+		}
+	}
+	return x
+}
+
+type idlParser struct {
+	t      *testing.T
+	tokens []string
+}
+
+func (p *idlParser) next() string {
+	p.t.Helper()
+	if len(p.tokens) == 0 {
+		p.t.Fatal("the description ends early")
+	}
+	tok := p.tokens[0]
+	p.tokens = p.tokens[1:]
+	return tok
+}
+
+func (p *idlParser) want(s string) {
+	p.t.Helper()
+	if tok := p.next(); tok != s {
+		p.t.Fatalf("%q where %q belongs", tok, s)
+	}
+}
+
+func (p *idlParser) fields() []idlField {
+	p.t.Helper()
+	var fields []idlField
+	p.want("(")
+	if p.tokens[0] == ")" {
+		p.next()
+		return nil
+	}
+	for {
+		f := idlField{name: p.next()}
+		p.want(":")
+		if p.tokens[0] == "?" {
+			p.next()
+			f.optional = true
+		}
+		if p.tokens[0] == "[]" {
+			p.next()
+			f.array = true
+		}
+		f.typ = p.next()
+		fields = append(fields, f)
+		if sep := p.next(); sep == ")" {
+			return fields
+		} else if sep != "," {
+			p.t.Fatalf("%q between fields", sep)
+		}
+	}
+}
+
+// A sample is a document with fields, in the order of the description.
+type sample [][2]string
+
+func (s sample) String() string {
+	parts := make([]string, 0, len(s))
+	for _, f := range s {
+		parts = append(parts, fmt.Sprintf("%q:%s", f[0], f[1]))
+	}
+	return "{" + strings.Join(parts, ",") + "}"
+}
+
+func (s sample) without(i int) sample { return slices.Delete(slices.Clone(s), i, i+1) }
+
+func (s sample) with(i int, value string) sample {
+	s = slices.Clone(s)
+	s[i][1] = value
+	return s
+}
+
+// sampleOf makes a document with every field. Of data and text, which exclude
+// each other, it has data.
+func (x idl) sampleOf(fields []idlField) sample {
+	var s sample
+	for _, f := range fields {
+		var v string
+		switch {
+		case f.name == "text":
+			continue
+		case f.name == "data":
+			v = `"aHVudGVyMmh1bnRlcjI="`
+		case f.typ == "string":
+			v = `"` + f.name + `"`
+		case f.typ == "int":
+			v = "7"
+		case f.typ == "bool":
+			v = "true"
+		default:
+			v = x.sampleOf(x.types[f.typ]).String()
+		}
+		if f.array {
+			v = "[" + v + "]"
+		}
+		s = append(s, [2]string{f.name, v})
+	}
+	return s
+}
+
+// checkCodec checks that a Go type decodes and encodes just these fields.
+func (x idl) checkCodec(t *testing.T, what string, fields []idlField, fresh func() any, open bool) {
+	t.Helper()
+	decode := func(s sample) (string, error) {
+		v := fresh()
+		if err := (&Decoder{buf: []byte(s.String())}).Decode(v.(Unmarshaler)); err != nil {
+			return "", err
+		}
+		var e Encoder
+		e.raw("{")
+		v.(Marshaler).EncodeTo(&e)
+		e.raw("}")
+		return string(e.buf), nil
+	}
+	all := x.sampleOf(fields)
+	if got, err := decode(all); err != nil || got != all.String() {
+		t.Errorf("%s: %s becomes %s, %v", what, all, got, err)
+	}
+	if _, err := decode(append(slices.Clone(all), [2]string{"surplus", "1"})); (err == nil) != open {
+		t.Errorf("%s: with a key too many: %v", what, err)
+	}
+	for i := range all {
+		f := fields[slices.IndexFunc(fields, func(f idlField) bool { return f.name == all[i][0] })]
+		// Data is optional only where there is text.
+		optional := f.optional && f.name != "data"
+		if _, err := decode(all.without(i)); (err == nil) != optional {
+			t.Errorf("%s without %s: %v, want an error %v", what, f.name, err, !optional)
+		}
+		if _, err := decode(all.with(i, "null")); (err == nil) != optional {
+			t.Errorf("%s with %s null: %v, want an error %v", what, f.name, err, !optional)
+		}
+		for _, wrong := range []string{`{}`, `[{}]`, `1.5`, `"x"`, `7`, `true`, `[]`, `["x"]`} {
+			kind := map[byte]string{'{': "object", '[': "array", '"': "string", '7': "int", 't': "bool", '1': "float"}
+			if kind[wrong[0]] == kind[all[i][1][0]] {
+				continue
+			}
+			if _, err := decode(all.with(i, wrong)); err == nil {
+				t.Errorf("%s takes %s for %s", what, wrong, f.name)
+			}
+		}
+		if twice := append(slices.Clone(all), all[i]); true {
+			if _, err := decode(twice); err == nil {
+				t.Errorf("%s takes %s twice", what, f.name)
+			}
+		}
+	}
+}
+
+// The Go types have every field of the description, and no other.
+func TestCredentialsDescription(t *testing.T) {
+	x := parseIDL(t, CredentialsDescription)
+	if x.name != CredentialsInterface {
+		t.Errorf("the interface is %s", x.name)
+	}
+	type method struct {
+		name    string
+		in, out func() any
+	}
+	methods := map[string]method{
+		"Apply":    {MethodApply, func() any { return &ApplyParams{} }, func() any { return &ApplyResult{} }},
+		"List":     {MethodList, func() any { return &ListParams{} }, func() any { return &ListResult{} }},
+		"Remove":   {MethodRemove, func() any { return &RemoveParams{} }, func() any { return &RemoveResult{} }},
+		"Rollback": {MethodRollback, func() any { return &RollbackParams{} }, func() any { return &RollbackResult{} }},
+	}
+	for name, m := range x.methods {
+		g, ok := methods[name]
+		if !ok || g.name != x.name+"."+name {
+			t.Errorf("method %s is missing in Go", name)
+			continue
+		}
+		x.checkCodec(t, name, m.in, g.in, false)
+		x.checkCodec(t, name+"'s answer", m.out, g.out, true)
+	}
+	if len(methods) != len(x.methods) {
+		t.Errorf("Go has %d methods, the description %d", len(methods), len(x.methods))
+	}
+	wireErrors := []func() any{
+		func() any { return &RefusedError{} }, func() any { return &GenerationMismatchError{} }, func() any { return &NoPreviousError{} },
+	}
+	for _, fresh := range wireErrors {
+		name := strings.TrimPrefix(fresh().(WireError).WireName(), x.name+".")
+		fields, ok := x.errors[name]
+		if !ok {
+			t.Errorf("the description has no error %s", name)
+		}
+		x.checkCodec(t, name, fields, fresh, true)
+	}
+	if len(wireErrors) != len(x.errors) {
+		t.Errorf("Go has %d errors, the description %d", len(wireErrors), len(x.errors))
+	}
+	// The nested types, each alone: one of a set, an entry, a refusal.
+	nest := func(key string, rest string, fresh func() any) func() any {
+		return func() any { return &nested{key: key, rest: rest, inner: fresh()} }
+	}
+	x.checkCodec(t, "Credential", x.types["Credential"], nest("set", "", methods["Apply"].in), false)
+	x.checkCodec(t, "Entry", x.types["Entry"], nest("entries", `"generation":1,"refusals":[],`, methods["List"].out), true)
+	x.checkCodec(t, "Refusal", x.types["Refusal"], nest("refusals", `"generation":1,"entries":[],`, methods["List"].out), true)
+}
+
+// nested is one object of a list in a document, taken for the document.
+type nested struct {
+	key, rest string
+	inner     any
+}
+
+func (n *nested) DecodeFrom(d *Decoder) {
+	from, to := d.view()
+	if d.Err() == nil {
+		doc := "{" + n.rest + `"` + n.key + `":[` + string(d.buf[from:to]) + "]}"
+		d.Fail((&Decoder{buf: []byte(doc)}).Decode(n.inner.(Unmarshaler)))
+	}
+}
+
+func (n *nested) EncodeTo(e *Encoder) {
+	var inner Encoder
+	n.inner.(Marshaler).EncodeTo(&inner)
+	_, list, _ := strings.Cut(string(inner.buf), `"`+n.key+`":[{`)
+	list, _, _ = strings.Cut(list, "}]")
+	e.raw(list)
+}
+
+// Our other descriptions have the methods and errors that the server has.
+func TestServiceDescriptions(t *testing.T) {
+	s := &Server{}
+	for _, i := range s.ownInterfaces() {
+		x := parseIDL(t, i.Description)
+		if x.name != i.Name || len(x.methods) != len(i.Methods) {
+			t.Errorf("%s has %d methods, its description %s has %d", i.Name, len(i.Methods), x.name, len(x.methods))
+		}
+		for name := range x.methods {
+			if i.Methods[name] == nil {
+				t.Errorf("%s.%s is missing in Go", x.name, name)
+			}
+		}
+		for _, full := range []string{
+			errInterfaceNotFound, errMethodNotFound, errMethodNotImplemented, errInvalidParameter, errPermissionDenied, errExpectedMore,
+			errInternal, errBusy, errMessageTooLarge, errBadMessage,
+		} {
+			iface, name := splitMethod(full)
+			if _, ok := x.errors[name]; iface == x.name && !ok {
+				t.Errorf("%s has no error %s", x.name, name)
+			}
+			if iface == x.name {
+				delete(x.errors, name)
+			}
+		}
+		if len(x.errors) > 0 {
+			t.Errorf("%s has errors that nobody answers: %v", x.name, x.errors)
+		}
+	}
+}

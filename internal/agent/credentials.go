@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
@@ -19,13 +21,14 @@ const maxRefusals = 1024
 // itself, so that one writer goes after the other whoever they are, and nothing
 // is held between calls.
 type credentials struct {
-	a   *Agent
-	cfg Config
+	a      *Agent
+	cfg    Config
+	giving *atomic.Bool // memory is about to be given back
 }
 
 // credentialsInterface is io.guestagent.Credentials, ready to be served.
 func (a *Agent) credentialsInterface(cfg Config) vsockrpc.Interface {
-	c := credentials{a, cfg}
+	c := credentials{a: a, cfg: cfg, giving: new(atomic.Bool)}
 	return vsockrpc.Interface{
 		Name:        vsockrpc.CredentialsInterface,
 		Description: vsockrpc.CredentialsDescription,
@@ -52,6 +55,7 @@ func (c credentials) apply(_ context.Context, call *vsockrpc.Call) error {
 		return withSource(err, source(call.Peer))
 	}
 	defer p.Wipe()
+	defer c.giveBack(p.Set)
 	set := credstore.Set{Source: source(call.Peer), Remove: p.Remove, Forget: p.Forget}
 	for _, cred := range p.Set {
 		set.Install = append(set.Install, credstore.Credential{
@@ -69,6 +73,28 @@ func (c credentials) apply(_ context.Context, call *vsockrpc.Call) error {
 	return call.Reply(&vsockrpc.ApplyResult{
 		Generation: generation(res.Generation), Installed: res.Installed, Relabelled: res.Relabelled, Removed: res.Removed, Unchanged: res.Unchanged,
 	})
+}
+
+const (
+	// largeSet is how many bytes make a set a large one.
+	largeSet = 64 << 10
+	// giveBackAfter is when what a large set needed is no longer in use.
+	giveBackAfter = time.Second
+)
+
+// giveBack returns the memory that a large set needed, once its message is
+// forgotten. An agent that is not called again would keep it until it ends.
+func (c credentials) giveBack(set []vsockrpc.Credential) {
+	size := 0
+	for _, cred := range set {
+		size += cred.Value.Len()
+	}
+	if size >= largeSet && c.giving.CompareAndSwap(false, true) {
+		time.AfterFunc(giveBackAfter, func() {
+			c.giving.Store(false)
+			debug.FreeOSMemory()
+		})
+	}
 }
 
 func (c credentials) remove(_ context.Context, call *vsockrpc.Call) error {

@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -129,6 +131,7 @@ func authorizeCall(cfg Config) func(context.Context, vsockrpc.Peer, string) erro
 // locally. An agent that was activated ends when nobody calls for as long as
 // idle says, or [DefaultIdle] where that is 0.
 func (a *Agent) ServeActivated(ctx context.Context, idle time.Duration, log *slog.Logger) error {
+	stayLean()
 	named, rest, err := vsockrpc.Activated()
 	if err != nil {
 		return err
@@ -176,6 +179,14 @@ func (a *Agent) ServeActivated(ctx context.Context, idle time.Duration, log *slo
 	return err
 }
 
+// stayLean trades some time for memory: the agent does little, in guests that
+// may be small. Without it the collector lets the heap grow to 4 MiB for each
+// of many processors before it looks.
+func stayLean() {
+	debug.SetGCPercent(25)
+	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
+}
+
 // listen opens the sockets that the units open otherwise.
 func (a *Agent) listen(ctx context.Context, log *slog.Logger) ([]net.Listener, error) {
 	path := a.path(pathLocalSocket)
@@ -193,10 +204,59 @@ func (a *Agent) listen(ctx context.Context, log *slog.Logger) ([]net.Listener, e
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, local.Close())
 	}
-	host, err := vsockrpc.ListenVsock(ctx, vsockrpc.DefaultPort, vsockWait)
-	if err != nil {
-		log.Warn("the host cannot call; root in the guest can", slog.String("error", err.Error()))
-		return []net.Listener{local}, nil
-	}
-	return []net.Listener{local, host}, nil
+	return []net.Listener{local, newLateVsock(ctx, log)}, nil
 }
+
+// A lateVsock listens on vsock as soon as the kernel has it, so that root in
+// the guest is answered meanwhile. Where that does not come about it says so,
+// and accepts nobody.
+type lateVsock struct {
+	ready chan struct{} // closed when listener is set, or will never be
+	ended context.Context
+	end   context.CancelFunc
+
+	listener net.Listener // nil if there is no vsock
+}
+
+var _ net.Listener = (*lateVsock)(nil)
+
+func newLateVsock(ctx context.Context, log *slog.Logger) *lateVsock {
+	l := &lateVsock{ready: make(chan struct{})}
+	l.ended, l.end = context.WithCancel(ctx)
+	go func() {
+		defer close(l.ready)
+		var err error
+		if l.listener, err = vsockrpc.ListenVsock(l.ended, vsockrpc.DefaultPort, vsockWait); err != nil && l.ended.Err() == nil {
+			log.Warn("the host cannot call; root in the guest can", slog.String("error", err.Error()))
+		}
+	}()
+	return l
+}
+
+// Accept waits for vsock first.
+func (l *lateVsock) Accept() (net.Conn, error) {
+	<-l.ready
+	if l.listener == nil {
+		<-l.ended.Done()
+		return nil, net.ErrClosed
+	}
+	return l.listener.Accept()
+}
+
+// Close ends the waiting, too, and waits for its goroutine.
+func (l *lateVsock) Close() error {
+	l.end()
+	<-l.ready
+	if l.listener == nil {
+		return nil
+	}
+	return l.listener.Close()
+}
+
+// Addr is an address of vsock, whether there is one or not.
+func (*lateVsock) Addr() net.Addr { return vsockAddr{} }
+
+type vsockAddr struct{}
+
+func (vsockAddr) Network() string { return "vsock" }
+func (vsockAddr) String() string  { return fmt.Sprintf("port %d", vsockrpc.DefaultPort) }

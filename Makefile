@@ -7,7 +7,10 @@ SHELL := /bin/bash
 VERSION ?= 0.1.0-dev
 PREFIX  ?= /usr
 UNITDIR ?= $(PREFIX)/lib/systemd/system
+ZSHDIR  ?= $(PREFIX)/share/zsh/site-functions
 DESTDIR ?=
+# Where `make deb` puts the packages.
+DIST    ?= dist
 # The guests that `make test` boots: trixie, bookworm, sid, several with commas, or all.
 VM      ?= trixie
 # Only the tests that are given it boot guests.
@@ -16,11 +19,13 @@ unexport VM
 FUZZTIME ?= 1m
 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+# The guestctl of this machine, which may not be the one that is built.
+GUESTCTL := GOOS= GOARCH= CGO_ENABLED=0 go run -ldflags "-X main.version=$(VERSION)" ./cmd/guestctl
 TOOL    := go tool -modfile=tools/go.mod
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | sort | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | sort | while IFS=$$'\t' read -r t d; do printf '  make %-16s %s\n' "$$t" "$$d"; done
 	@printf '\nvariables: VM=%s DESTDIR= MIRROR= (Debian mirror of the guests) DEPS=1 (install missing Debian packages)\n' '$(VM)'
 
 .PHONY: go
@@ -28,8 +33,9 @@ go:
 	@tools/check-go
 
 .PHONY: build
-build: go ## build bin/guestagent
+build: go ## build bin/guestagent and bin/guestctl
 	$(GOBUILD) -o bin/guestagent ./cmd/guestagent
+	$(GOBUILD) -o bin/guestctl ./cmd/guestctl
 
 .PHONY: install
 install: build ## install the binary and the units below DESTDIR
@@ -37,8 +43,23 @@ install: build ## install the binary and the units below DESTDIR
 	for unit in systemd/*; do \
 	  sed 's|/usr/bin/guestagent|$(PREFIX)/bin/guestagent|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
 
+.PHONY: install-guestctl
+install-guestctl: build ## install guestctl, its man pages and completions below DESTDIR
+	install -D -m 0755 bin/guestctl '$(DESTDIR)$(PREFIX)/bin/guestctl'
+	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges' '$(DESTDIR)$(PREFIX)/share/man/man1'
+	for name in vsock vsock-mux; do ln -sf ../../../bin/guestctl '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges'/"$$name"; done
+	$(GUESTCTL) man '$(DESTDIR)$(PREFIX)/share/man/man1'
+	gzip -9nf '$(DESTDIR)$(PREFIX)'/share/man/man1/guestctl*.1
+	$(GUESTCTL) completion bash | install -D -m 0644 /dev/stdin '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/guestctl'
+	$(GUESTCTL) completion zsh | install -D -m 0644 /dev/stdin '$(DESTDIR)$(ZSHDIR)/_guestctl'
+	$(GUESTCTL) completion fish | install -D -m 0644 /dev/stdin '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/guestctl.fish'
+
+.PHONY: deb
+deb: go ## build Debian packages of guestagent and guestctl
+	tools/deb '$(VERSION)' '$(DIST)'
+
 .PHONY: demo
-demo: go ## boot a VM, and see a secret from an OEM string reach a service
+demo: go ## boot a VM, see a secret from an OEM string reach a service, and push another
 	@tools/deps vm
 	@go run ./tests/vm/demo
 
@@ -60,7 +81,7 @@ lint: go ## run the linters
 	go mod verify
 	go mod tidy -diff
 	go fix -diff ./...
-	shellcheck .ci/run tools/check-go tools/deps tests/nix/check tests/nix/eval tests/nix/vendor-hash tests/vm/trim.sh
+	shellcheck .ci/run tools/check-go tools/deb tools/deps tests/nix/check tests/nix/eval tests/nix/vendor-hash tests/vm/trim.sh
 
 .PHONY: fmt
 fmt: go ## format the Go files
@@ -68,7 +89,7 @@ fmt: go ## format the Go files
 
 .PHONY: bench
 bench: go ## run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./smbios ./internal/agent ./cmd/guestagent
+	go test -run '^$$' -bench . -benchmem ./smbios ./vsockrpc ./internal/... ./cmd/guestagent ./tests/fleet
 
 .PHONY: fuzz
 fuzz: go ## run each fuzzer for FUZZTIME

@@ -34,10 +34,11 @@ func TestBridge(t *testing.T) {
 	}
 	t.Cleanup(guest.Close)
 
-	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
+	syscall.CloseOnExec(pair[0]) // the bridge must not hold our end open
 	ours, theirs := os.NewFile(uintptr(pair[0]), "ours"), os.NewFile(uintptr(pair[1]), "theirs")
 	self, err := os.Executable()
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/guestagent/guestagent/vsockrpc"
 )
 
 // maxConfigSize bounds the configuration file, in bytes.
@@ -25,7 +27,7 @@ type Config struct {
 	Peer struct {
 		// PrivilegedPort says whether the host has to call from a port below
 		// 1024, which only its root can.
-		PrivilegedPort PrivilegedPort
+		PrivilegedPort vsockrpc.PrivilegedPort
 		// Deny is set where something in peer was not understood. Then the host
 		// is refused: the fault may have been meant to keep somebody out.
 		Deny bool
@@ -36,19 +38,6 @@ type Config struct {
 		Allow []string
 	}
 }
-
-// PrivilegedPort is the key peer.privilegedPort.
-type PrivilegedPort string
-
-// The values of peer.privilegedPort.
-const (
-	// PortRequired refuses a host that calls from a port of 1024 and above. It
-	// is the default.
-	PortRequired PrivilegedPort = "required"
-	// PortIgnored takes every port, for VMMs that choose it themselves: there
-	// the permissions of their socket on the host are the guard.
-	PortIgnored PrivilegedPort = "ignored"
-)
 
 // SMBIOSRead is the key smbios.read.
 type SMBIOSRead string
@@ -113,7 +102,7 @@ func ReadConfig(path string) (Config, []ConfigFault, error) {
 // ParseConfig parses the configuration. Empty input is an empty configuration.
 func ParseConfig(b []byte) (Config, []ConfigFault) {
 	cfg := Config{}
-	cfg.SMBIOS.Read, cfg.Peer.PrivilegedPort = ReadAuto, PortRequired
+	cfg.SMBIOS.Read, cfg.Peer.PrivilegedPort = ReadAuto, vsockrpc.PortRequired
 	if len(bytes.TrimSpace(b)) == 0 {
 		return cfg, nil
 	}
@@ -137,7 +126,7 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 			before := len(p.faults)
 			p.object(key, map[string]func(string){
 				"privilegedPort": func(key string) {
-					p.choice(key, (*string)(&cfg.Peer.PrivilegedPort), string(PortRequired), string(PortIgnored))
+					p.choice(key, (*string)(&cfg.Peer.PrivilegedPort), string(vsockrpc.PortRequired), string(vsockrpc.PortIgnored))
 				},
 			})
 			cfg.Peer.Deny = len(p.faults) > before

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/guestagent/guestagent/vsockrpc"
 )
 
 func TestParseConfig(t *testing.T) {
@@ -54,20 +56,20 @@ func TestParseConfig(t *testing.T) {
 func TestParseConfigPeerAndNames(t *testing.T) {
 	tests := []struct {
 		in     string
-		port   PrivilegedPort
+		port   vsockrpc.PrivilegedPort
 		deny   bool
 		allow  []string
 		faults int
 	}{
-		{`{}`, PortRequired, false, nil, 0},
-		{`{"peer": {"privilegedPort": "ignored"}, "names": {"allow": ["tmpfiles.extra", "ssh.*"]}}`, PortIgnored, false, []string{"tmpfiles.extra", "ssh.*"}, 0},
+		{`{}`, vsockrpc.PortRequired, false, nil, 0},
+		{`{"peer": {"privilegedPort": "ignored"}, "names": {"allow": ["tmpfiles.extra", "ssh.*"]}}`, vsockrpc.PortIgnored, false, []string{"tmpfiles.extra", "ssh.*"}, 0},
 		// A fault in peer may have been meant to keep somebody out.
-		{`{"peer": {"privilegedPort": "no"}}`, PortRequired, true, nil, 1},
-		{`{"peer": {"privilegedport": "ignored"}}`, PortRequired, true, nil, 1},
-		{`{"peer": []}`, PortRequired, true, nil, 1},
-		{`{"peer": {}, "peer": {"privilegedPort": "ignored"}}`, PortRequired, false, nil, 1},
-		{`{"names": {"allow": ["a", 1, {"b": []}]}}`, PortRequired, false, nil, 2},
-		{`{"names": {"allow": "a"}, "smbios": 1}`, PortRequired, false, nil, 2},
+		{`{"peer": {"privilegedPort": "no"}}`, vsockrpc.PortRequired, true, nil, 1},
+		{`{"peer": {"privilegedport": "ignored"}}`, vsockrpc.PortRequired, true, nil, 1},
+		{`{"peer": []}`, vsockrpc.PortRequired, true, nil, 1},
+		{`{"peer": {}, "peer": {"privilegedPort": "ignored"}}`, vsockrpc.PortRequired, false, nil, 1},
+		{`{"names": {"allow": ["a", 1, {"b": []}]}}`, vsockrpc.PortRequired, false, nil, 2},
+		{`{"names": {"allow": "a"}, "smbios": 1}`, vsockrpc.PortRequired, false, nil, 2},
 	}
 	for _, tt := range tests {
 		cfg, faults := ParseConfig([]byte(tt.in))

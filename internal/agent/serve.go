@@ -56,7 +56,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	for _, n := range r.Reasons {
 		s.Log.Warn("a part of the configuration does not apply", slog.String("code", string(n.Code)), slog.String("detail", n.Detail))
 	}
-	policy := vsockrpc.Policy{PrivilegedPort: vsockrpc.PrivilegedPort(cfg.Peer.PrivilegedPort)}
+	policy := vsockrpc.Policy{PrivilegedPort: cfg.Peer.PrivilegedPort}
 	server := &vsockrpc.Server{
 		Vendor: "guestagent", Product: "guestagent", Version: a.Version, URL: "https://github.com/guestagent/guestagent",
 		Interfaces:    []vsockrpc.Interface{a.credentialsInterface(cfg)},

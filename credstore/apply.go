@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"slices"
 	"time"
 
@@ -20,7 +19,8 @@ import (
 //	         state.next  the state afterwards
 //	commit   journal.json, by rename: from here on the set is finished
 //	finish   stage/NAME → NAME, or unlink NAME, for each
-//	         state.next → state.json
+//	         the time into state.next, in place; state.next → state.json
+//	         reject → rejected, if a trial failed
 //	         keep → previous
 //	         unlink journal.json
 //
@@ -39,8 +39,16 @@ type Result struct {
 	Installed, Relabelled, Removed, Unchanged []string
 }
 
-// ErrNoPrevious is returned by Rollback where nothing is kept.
-var ErrNoPrevious = errors.New("no previous generation is kept")
+// Errors that callers tell apart.
+var (
+	// ErrNoPrevious is returned by Rollback where nothing is kept.
+	ErrNoPrevious = errors.New("no previous generation is kept")
+	// ErrOnTrial is returned where a set would change something while another
+	// one is on trial.
+	ErrOnTrial = errors.New("a set is on trial")
+	// ErrNothingRejected is returned by RejectedSet where there is none.
+	ErrNothingRejected = errors.New("no set was rejected")
+)
 
 // A change is one name's part of a set, checked.
 type change struct {
@@ -96,7 +104,6 @@ func (t *Tx) plan(set Set) (plan, error) {
 		return plan{}, &RefusedError{refusals}
 	}
 	p := plan{result: Result{Generation: t.st.Generation}, next: t.st.clone(), at: time.Now().UTC()}
-	usec := monotonicUSec()
 	for _, c := range set.Install {
 		if t.Holds(c.Name, c.Value) {
 			old := t.st.Entries[c.Name]
@@ -111,16 +118,13 @@ func (t *Tx) plan(set Set) (plan, error) {
 			p.result.Relabelled = append(p.result.Relabelled, c.Name)
 			continue
 		}
-		r := record{
-			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1,
-			InstalledAt: p.at, InstalledUSec: usec,
-		}
-		p.changes = append(p.changes, change{name: c.Name, record: r, value: c.Value, forget: set.Forget})
+		r := record{Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1, InstalledAt: p.at}
+		p.changes = append(p.changes, change{name: c.Name, record: r, value: c.Value, forget: set.forgets()})
 		p.result.Installed = append(p.result.Installed, c.Name)
 	}
 	for _, name := range set.Remove {
 		if _, ok := t.st.Entries[name]; ok {
-			p.changes = append(p.changes, change{name: name, remove: true, forget: set.Forget})
+			p.changes = append(p.changes, change{name: name, remove: true, forget: set.forgets()})
 			p.result.Removed = append(p.result.Removed, name)
 			continue
 		}
@@ -131,71 +135,23 @@ func (t *Tx) plan(set Set) (plan, error) {
 		}
 		p.result.Unchanged = append(p.result.Unchanged, name)
 	}
-	if len(p.changes) > 0 {
-		p.result.Generation++
+	if len(p.changes) == 0 {
+		return p, nil
+	}
+	if t.st.Trial != nil {
+		return plan{}, ErrOnTrial
+	}
+	p.result.Generation++
+	p.next.Trial = set.Trial
+	if p.next.Rejected.concerns(p.changes) {
+		p.next.Rejected = nil
 	}
 	return p, nil
 }
 
-// Rollback puts back what the last set replaced: the bytes, the revisions and
-// the sources, as a new generation. Rolling back twice is back where it began.
-func (t *Tx) Rollback() (Result, error) {
-	if err := t.writable(); err != nil {
-		return Result{}, err
-	}
-	if len(t.st.Previous.Entries) == 0 {
-		return Result{}, ErrNoPrevious
-	}
-	prev, err := t.own.sub(previousDir, false)
-	if err != nil {
-		return Result{}, fmt.Errorf("rolling back: %w", err)
-	}
-	defer prev.close()
-	res := Result{Generation: t.st.Generation + 1}
-	now, usec := time.Now().UTC(), monotonicUSec()
-	var changes []change
-	defer func() {
-		for _, c := range changes {
-			c.value.Wipe()
-		}
-	}()
-	var refusals []credential.Refusal
-	check := newChecker(t)
-	for _, name := range slices.Sorted(maps.Keys(t.st.Previous.Entries)) {
-		if reason, detail := check.foreign(name); reason != "" {
-			refusals = append(refusals, credential.Refusal{Name: name, Reason: reason, Detail: detail})
-			continue
-		}
-		old := t.st.Previous.Entries[name]
-		if old == nil {
-			if _, ok := t.st.Entries[name]; ok {
-				changes = append(changes, change{name: name, remove: true})
-				res.Removed = append(res.Removed, name)
-			}
-			continue
-		}
-		b, _, err := prev.read(name, credential.MaxSize)
-		if err != nil {
-			return Result{}, fmt.Errorf("rolling back: %w", err)
-		}
-		r := *old
-		r.Generation, r.InstalledAt, r.InstalledUSec = res.Generation, now, usec
-		changes = append(changes, change{name: name, record: r, value: secret.New(b)})
-		res.Installed = append(res.Installed, name)
-	}
-	if len(refusals) > 0 {
-		return Result{}, &RefusedError{refusals}
-	}
-	if len(changes) == 0 {
-		return Result{}, ErrNoPrevious
-	}
-	if err := t.commit(t.st.clone(), changes, now); err != nil {
-		return Result{}, err
-	}
-	return res, nil
-}
-
 // commit puts changes in force, and next, which it completes, as the state.
+// What the changes take out of force is kept as the previous generation; if
+// next has this set's rejection, as rejected values.
 func (t *Tx) commit(next state, changes []change, now time.Time) (err error) {
 	j := journal{Version: stateVersion, Generation: t.st.Generation + 1}
 	next.Generation = j.Generation
@@ -209,13 +165,15 @@ func (t *Tx) commit(next state, changes []change, now time.Time) (err error) {
 	if err := t.prepare(&next, &j, changes, now); err != nil {
 		return errors.Join(err, t.clean())
 	}
-	if err := t.finish(j); err != nil {
+	at, err := t.finish(j)
+	if err != nil {
 		refused := (*RefusedError)(nil)
 		t.failed = !errors.As(err, &refused)
 		return err
 	}
+	next.stamp(at)
 	t.st = next
-	return nil
+	return t.dropUnkept()
 }
 
 func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) error {
@@ -229,6 +187,13 @@ func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) e
 		return err
 	}
 	defer keep.close()
+	reject := noDir
+	if next.Rejected != t.st.Rejected && next.Rejected != nil {
+		if reject, err = t.mkSub(rejectDir); err != nil {
+			return err
+		}
+		defer reject.close()
+	}
 
 	for _, c := range changes {
 		o := op{Name: c.name, Forget: c.forget}
@@ -244,6 +209,14 @@ func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) e
 				next.Previous.Entries[c.name], o.Old = nil, nil
 			} else if err != nil {
 				return err
+			}
+			if r := next.Rejected; reject != noDir && o.Old != nil && r.Entries[c.name] != nil {
+				if err := t.at("reject"); err != nil {
+					return err
+				}
+				if err := link(keep, c.name, reject, c.name); err != nil {
+					return err
+				}
 			}
 		}
 		if c.remove {
@@ -293,8 +266,33 @@ func (t *Tx) prepare(next *state, j *journal, changes []change, now time.Time) e
 	return rename(t.own, journalFile+tmpSuffix, t.own, journalFile, false)
 }
 
-// finish does what the journal says. It may be repeated after any of its steps.
-func (t *Tx) finish(j journal) error {
+// finish does what the journal says, and returns when that was in force. It may
+// be repeated after any of its steps.
+func (t *Tx) finish(j journal) (stamp, error) {
+	if err := t.install(j); err != nil {
+		return 0, err
+	}
+	at, err := t.record()
+	if err != nil {
+		return 0, unfinished(err)
+	}
+	if err := t.keep(j); err != nil {
+		return 0, unfinished(err)
+	}
+	if err := t.at("done"); err != nil {
+		return 0, unfinished(err)
+	}
+	if err := t.own.unlink(journalFile); err != nil {
+		return 0, unfinished(err)
+	}
+	// The set is in force and recorded: what is left to tidy is no reason to
+	// report otherwise, and the next one who opens the store tidies again.
+	_ = t.clean()
+	return at, nil
+}
+
+// install brings every name to where the journal wants it, or takes the set back.
+func (t *Tx) install(j journal) error {
 	stage, err := t.own.sub(stageDir, true)
 	if err != nil {
 		return err
@@ -321,49 +319,75 @@ func (t *Tx) finish(j journal) error {
 			return unfinished(err)
 		}
 	}
-	if err := t.at("state"); err != nil {
-		return unfinished(err)
+	return nil
+}
+
+// record puts the next state in force, with the time, which it returns.
+func (t *Tx) record() (stamp, error) {
+	if err := t.at("stamp"); err != nil {
+		return 0, err
 	}
-	if err := rename(t.own, nextFile, t.own, stateFile, false); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return unfinished(err)
+	at := stamp(monotonicUSec())
+	err := t.own.overwrite(nextFile, stampOffset, at.digits())
+	if errors.Is(err, fs.ErrNotExist) {
+		return at, nil // done before, and what it says is earlier
+	}
+	if err != nil {
+		return 0, err
+	}
+	if err := t.at("state"); err != nil {
+		return 0, err
+	}
+	return at, rename(t.own, nextFile, t.own, stateFile, false)
+}
+
+// keep puts aside what went out of force.
+func (t *Tx) keep(j journal) error {
+	if err := t.move(rejectDir, rejectedDir); err != nil {
+		return err
 	}
 	keep, err := t.own.sub(keepDir, false)
-	if err == nil {
-		defer keep.close()
-		for _, o := range j.Ops {
-			if !o.Forget {
-				continue
-			}
-			if err := t.at("forget"); err != nil {
-				return unfinished(err)
-			}
-			if err := keep.unlink(o.Name); err != nil {
-				return unfinished(err)
-			}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // done before
+	}
+	if err != nil {
+		return err
+	}
+	defer keep.close()
+	for _, o := range j.Ops {
+		if !o.Forget {
+			continue
 		}
-		if err := t.at("drop"); err != nil {
-			return unfinished(err)
+		if err := t.at("forget"); err != nil {
+			return err
 		}
-		if err := t.own.removeSub(previousDir); err != nil {
-			return unfinished(err)
-		}
-		if err := t.at("previous"); err != nil {
-			return unfinished(err)
-		}
-		if err := rename(t.own, keepDir, t.own, previousDir, false); err != nil {
-			return unfinished(err)
+		if err := keep.unlink(o.Name); err != nil {
+			return err
 		}
 	}
-	if err := t.at("done"); err != nil {
-		return unfinished(err)
+	return t.move(keepDir, previousDir)
+}
+
+// move puts the folder from, if it is there, in the place of to.
+func (t *Tx) move(from, to string) error {
+	d, err := t.own.sub(from, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	if err := t.own.unlink(journalFile); err != nil {
-		return unfinished(err)
+	if err != nil {
+		return err
 	}
-	// The set is in force and recorded: what is left to tidy is no reason to
-	// report otherwise, and the next one who opens the store tidies again.
-	_ = t.clean()
-	return nil
+	d.close()
+	if err := t.at("drop"); err != nil {
+		return err
+	}
+	if err := t.own.removeSub(to); err != nil {
+		return err
+	}
+	if err := t.at("move"); err != nil {
+		return err
+	}
+	return rename(t.own, from, t.own, to, false)
 }
 
 func unfinished(err error) error {
@@ -449,7 +473,7 @@ func (t *Tx) recover() error {
 	}
 	j, err = load(t.own, journalFile, version)
 	if err == nil {
-		err = t.finish(j)
+		_, err = t.finish(j)
 		if refused := (*RefusedError)(nil); errors.As(err, &refused) {
 			return nil // taken back; the state in force is the old one
 		}
@@ -465,10 +489,28 @@ func (t *Tx) recover() error {
 // while there is a journal.
 func (t *Tx) clean() error {
 	var errs []error
-	for _, name := range []string{nextFile, nextFile + tmpSuffix, journalFile + tmpSuffix, stateFile + tmpSuffix, reportFile + tmpSuffix} {
+	for _, name := range []string{nextFile, nextFile + tmpSuffix, journalFile + tmpSuffix, stateFile + tmpSuffix} {
 		errs = append(errs, t.own.unlink(name))
 	}
-	return errors.Join(append(errs, t.own.removeSub(stageDir), t.own.removeSub(keepDir))...)
+	for _, n := range notes {
+		errs = append(errs, t.own.unlink(string(n)+tmpSuffix))
+	}
+	return errors.Join(append(errs, t.own.removeSub(stageDir), t.own.removeSub(keepDir), t.own.removeSub(rejectDir))...)
+}
+
+// dropUnkept removes values that the state no longer knows. It is done after
+// the state was written: a process that is killed in between leaves them to
+// the next one.
+func (t *Tx) dropUnkept() error {
+	if len(t.st.Previous.Entries) == 0 {
+		if err := t.own.removeSub(previousDir); err != nil {
+			return err
+		}
+	}
+	if t.st.Rejected == nil {
+		return t.own.removeSub(rejectedDir)
+	}
+	return nil
 }
 
 // saveState writes a state in which no value changed.

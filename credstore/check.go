@@ -23,8 +23,17 @@ type Set struct {
 	// no error.
 	Remove []string
 	// Forget keeps no previous value of any of these names for [Tx.Rollback].
+	// For a set on trial they are kept until it has passed.
 	Forget bool
+	// Trial, if not nil, puts a set that changes something on trial: see
+	// [Tx.Trial]. It is JSON, and must not hold a value.
+	Trial []byte
+	// Retry takes a set that was rejected.
+	Retry bool
 }
+
+// forgets reports whether no previous values are kept.
+func (s *Set) forgets() bool { return s.Forget && s.Trial == nil }
 
 // A Credential is a name and a value to install.
 type Credential struct {
@@ -56,9 +65,10 @@ func (e *RefusedError) Error() string {
 // Check splits the set into what [Tx.Apply] would take and what it would
 // refuse, in the order given. It changes nothing.
 func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
-	accepted = Set{Source: set.Source, Forget: set.Forget}
+	accepted = Set{Source: set.Source, Forget: set.Forget, Trial: set.Trial, Retry: set.Retry}
 	c := newChecker(t)
-	c.forget = set.Forget
+	c.forget = set.forgets()
+	c.rejected = t.rejectedAgain(set)
 	refuse := func(name string, reason credential.Reason, format string, a ...any) {
 		refusals = append(refusals, credential.Refusal{Name: name, Source: set.Source, Reason: reason, Detail: fmt.Sprintf(format, a...)})
 	}
@@ -98,6 +108,7 @@ type checker struct {
 	forceNames, keptNames int
 	tombstones            int
 	forget                bool
+	rejected              map[string]bool // names of a set that was rejected and comes again
 }
 
 func newChecker(t *Tx) *checker {
@@ -106,13 +117,25 @@ func newChecker(t *Tx) *checker {
 		c.forceBytes += r.File.Size
 		c.forceNames++
 	}
-	// The set that changes something also drops what is kept now.
+	// The set that changes something also drops what is kept now, but for what
+	// was rejected.
+	if r := t.st.Rejected; r != nil {
+		for _, e := range r.Entries {
+			if e != nil {
+				c.keptBytes += e.File.Size
+				c.keptNames++
+			}
+		}
+	}
 	return c
 }
 
 func (c *checker) remove(name string) (credential.Reason, string) {
 	if reason, detail := c.name(name); reason != "" {
 		return reason, detail
+	}
+	if c.rejected[name] {
+		return credential.ReasonRejected, c.t.st.Rejected.detail("removed the name")
 	}
 	r, ok := c.t.st.Entries[name]
 	if _, dead := c.t.st.Removed[name]; !dead {
@@ -133,6 +156,9 @@ func (c *checker) remove(name string) (credential.Reason, string) {
 func (c *checker) install(source credential.Source, cred Credential) (credential.Reason, string) {
 	if reason, detail := c.name(cred.Name); reason != "" {
 		return reason, detail
+	}
+	if c.rejected[cred.Name] {
+		return credential.ReasonRejected, c.t.st.Rejected.detail("had this value")
 	}
 	size := int64(cred.Value.Len())
 	if size > credential.MaxSize {

@@ -49,8 +49,8 @@ func phaseOf(b []byte) (int, error) {
 	return strconv.Atoi(string(n))
 }
 
-// crash applies three sets, the second of them a rollback now and then, and
-// kills itself before the change that the environment names. It may have a
+// crash applies three sets, one of them a rollback now and then, or on trial,
+// and kills itself before the change that the environment names. It may have a
 // foreign file appear in the middle of a set.
 func crash(top string) {
 	die := func(err error) {
@@ -92,9 +92,20 @@ func crash(top string) {
 		if err != nil {
 			die(err)
 		}
-		if i == 1 && kill%3 == 0 {
+		switch {
+		case tx.Trial() != nil && kill%2 == 0:
+			err = tx.PassTrial()
+		case tx.Trial() != nil:
+			// A note that says that it is to be ended is all that is left to do.
+			if string(tx.Trial()) != `"failed"` {
+				_, err = tx.FailTrial("it was on trial", []byte(`"failed"`))
+			}
+			if err == nil {
+				err = tx.EndTrial()
+			}
+		case i == 1 && kill%3 == 0:
 			_, err = tx.Rollback()
-		} else {
+		default:
 			next = 1
 			if b, _, err := tx.dir.read("a", credential.MaxSize); err == nil {
 				if next, err = phaseOf(b); err != nil {
@@ -102,7 +113,16 @@ func crash(top string) {
 				}
 				next++
 			}
-			_, err = tx.Apply(phaseSet(next))
+			set := phaseSet(next)
+			set.Retry = kill%5 == 0
+			if kill%7 < 4 {
+				set.Trial = []byte(`"on trial"`)
+			}
+			_, err = tx.Apply(set)
+			if refused, ok := errors.AsType[*RefusedError](err); ok && refused.Refusals[0].Reason == credential.ReasonRejected {
+				next++
+				_, err = tx.Apply(phaseSet(next))
+			}
 		}
 		if refused := (*RefusedError)(nil); err != nil && !errors.As(err, &refused) && !errors.Is(err, ErrNoPrevious) {
 			die(err)
@@ -132,7 +152,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	killed, finished, taken := 0, 0, 0
 	for i := range rounds {
 		cmd := exec.Command(self)
-		step := 1 + i%90
+		step := 1 + i%75
 		cmd.Env = append(os.Environ(), "CREDSTORE_CRASH_DIR="+f.top, fmt.Sprintf("CREDSTORE_CRASH_STEP=%d", step))
 		if rng.IntN(3) == 0 {
 			cmd.Env = append(cmd.Env, "CREDSTORE_CRASH_INTRUDE=1")
@@ -240,13 +260,34 @@ func (f *fixture) wantWhole() (intruded bool) {
 		}
 		prev.close()
 	}
+	owned := []string{lockFile, stateFile, previousDir}
+	if r := tx.st.Rejected; r != nil {
+		owned = append(owned, rejectedDir)
+		rejected := map[string]int{}
+		d, err := tx.own.sub(rejectedDir, false)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		for name, r := range r.Entries {
+			if r != nil {
+				rejected[name] = read(d, name, r.File)
+			}
+		}
+		check("what was rejected", rejected)
+		d.close()
+	}
+	for name, r := range tx.st.Entries {
+		if r.InstalledUSec == 0 || r.InstalledUSec > monotonicUSec() {
+			f.t.Errorf("%s was installed at %d µs", name, r.InstalledUSec)
+		}
+	}
 
 	own, err := tx.own.list()
 	if err != nil {
 		f.t.Fatal(err)
 	}
 	for _, name := range own {
-		if !slices.Contains([]string{lockFile, stateFile, previousDir}, name) {
+		if !slices.Contains(owned, name) {
 			f.t.Errorf("%s is left in the store's folder", name)
 		}
 	}

@@ -114,9 +114,23 @@ func (d dir) replace(name string, mode uint32, data []byte) error {
 	return nil
 }
 
-// read returns the content of the regular file name, and what the file is. A
-// file longer than limit is an error: nobody else decides how much we read.
-func (d dir) read(name string, limit int64) ([]byte, identity, error) {
+// overwrite writes over a part of the file name, in place: that needs no space
+// in memory, and is done whole or not at all whenever the process is killed.
+func (d dir) overwrite(name string, offset int64, data []byte) error {
+	path := filepath.Join(d.path, name)
+	fd, err := ignoringEINTR(func() (int, error) {
+		return unix.Openat(d.fd, name, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	})
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), path)
+	_, err = f.WriteAt(data, offset)
+	return errors.Join(err, f.Close())
+}
+
+// open opens the regular file name for reading. The caller closes it.
+func (d dir) open(name string) (*os.File, identity, error) {
 	path := filepath.Join(d.path, name)
 	fd, err := ignoringEINTR(func() (int, error) {
 		return unix.Openat(d.fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -125,12 +139,22 @@ func (d dir) read(name string, limit int64) ([]byte, identity, error) {
 		return nil, identity{}, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	f := os.NewFile(uintptr(fd), path)
-	defer f.Close()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, identity{}, &fs.PathError{Op: "stat", Path: path, Err: err}
+		return nil, identity{}, errors.Join(&fs.PathError{Op: "stat", Path: path, Err: err}, f.Close())
 	}
-	id := identityOf(&st)
+	return f, identityOf(&st), nil
+}
+
+// read returns the content of the regular file name, and what the file is. A
+// file longer than limit is an error: nobody else decides how much we read.
+func (d dir) read(name string, limit int64) ([]byte, identity, error) {
+	path := filepath.Join(d.path, name)
+	f, id, err := d.open(name)
+	if err != nil {
+		return nil, identity{}, err
+	}
+	defer f.Close()
 	switch {
 	case !id.regular:
 		return nil, id, fmt.Errorf("reading %s: not a regular file", path)

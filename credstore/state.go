@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"strconv"
 	"time"
 
 	"github.com/guestagent/guestagent/internal/credential"
@@ -20,10 +21,11 @@ const (
 	nextFile    = "state.next"   // the state after the set that is being applied
 	journalFile = "journal.json" // there is a set to finish
 	undoFile    = "journal.undo" // there is a set to take back
-	reportFile  = "report.json"  // the caller's; see Tx.SetReport
 	stageDir    = "stage"        // new values, not in force yet
 	keepDir     = "keep"         // links to the values that the set replaces
 	previousDir = "previous"     // the values that the last set replaced
+	rejectDir   = "reject"       // links to the values that a failed trial takes out of force
+	rejectedDir = "rejected"     // the values of the last set that failed its trial
 	tmpSuffix   = ".tmp"
 )
 
@@ -55,8 +57,9 @@ type record struct {
 	Source      credential.Source `json:"source"`
 	Generation  uint64            `json:"generation"` // the set that brought the bytes
 	InstalledAt time.Time         `json:"installedAt"`
-	// InstalledUSec is InstalledAt on CLOCK_MONOTONIC, in microseconds: what
-	// systemd's timestamps of units are compared with.
+	// InstalledUSec is when the bytes were in force, on CLOCK_MONOTONIC in
+	// microseconds: whoever loaded the name before may have other bytes. Of the
+	// last set the state knows it, see [state.stamp].
 	InstalledUSec uint64   `json:"installedMonotonicUSec"`
 	File          identity `json:"file"`
 }
@@ -74,12 +77,63 @@ type past struct {
 	Entries    map[string]*record `json:"entries"`
 }
 
+// A rejection is a set that failed its trial: for each name that it changed,
+// the record of the value that was taken back, nil where the set removed it.
+type rejection struct {
+	Generation uint64             `json:"generation"`
+	At         time.Time          `json:"at"`
+	Problem    string             `json:"problem"`
+	Entries    map[string]*record `json:"entries"`
+}
+
 type state struct {
+	// Stamp is first: see stampOffset.
+	Stamp      stamp                `json:"stamp"`
 	Version    int                  `json:"version"`
 	Generation uint64               `json:"generation"`
 	Entries    map[string]record    `json:"entries"`
 	Removed    map[string]tombstone `json:"removed,omitempty"`
 	Previous   past                 `json:"previous"`
+	// Trial is the caller's note on the last set, if that is on trial.
+	Trial    json.RawMessage `json:"trial,omitempty"`
+	Rejected *rejection      `json:"rejected,omitempty"`
+}
+
+// A stamp is when the last set was in force, on CLOCK_MONOTONIC in
+// microseconds. The state is written before its set is, since from then on
+// nothing may need space; the stamp, of a fixed width, is written over in place.
+type stamp uint64
+
+const (
+	stampWidth  = 20 // the digits of 2^64-1
+	stampOffset = int64(len(`{"stamp":"`))
+)
+
+func (s stamp) digits() []byte { return fmt.Appendf(nil, "%0*d", stampWidth, uint64(s)) }
+
+// MarshalJSON returns a string of digits.
+func (s stamp) MarshalJSON() ([]byte, error) { return fmt.Appendf(nil, "%q", s.digits()), nil }
+
+// UnmarshalJSON reads what MarshalJSON writes.
+func (s *stamp) UnmarshalJSON(b []byte) error {
+	digits, err := strconv.Unquote(string(b))
+	if err != nil {
+		return err
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	*s = stamp(n)
+	return err
+}
+
+// stamp says when the last set was in force.
+func (s *state) stamp(at stamp) {
+	s.Stamp = at
+	for name, r := range s.Entries {
+		if r.Generation == s.Generation {
+			r.InstalledUSec = uint64(at)
+			s.Entries[name] = r
+		}
+	}
 }
 
 func newState() state {
@@ -145,9 +199,11 @@ func loadState(own dir) (state, error) {
 	// Maps that were empty come back nil.
 	n := newState()
 	n.Generation, n.Previous.Generation = s.Generation, s.Previous.Generation
+	n.Trial, n.Rejected = s.Trial, s.Rejected
 	maps.Copy(n.Entries, s.Entries)
 	maps.Copy(n.Removed, s.Removed)
 	maps.Copy(n.Previous.Entries, s.Previous.Entries)
+	n.stamp(s.Stamp)
 	return n, nil
 }
 

@@ -11,7 +11,11 @@
 //     else's, that systemd would look up elsewhere first, or that the encrypted
 //     store has, is refused with the path that stands in the way.
 //   - One writer at a time, among all processes: flock.
-//   - The values that the last set replaced are kept, for [Tx.Rollback].
+//   - The values that the last set replaced are kept, for [Tx.Rollback], until
+//     [Tx.DropPrevious].
+//   - A set may be on trial: no other set changes anything until the caller says
+//     what became of it. One that failed is taken back, kept aside, and refused
+//     when it comes again.
 //   - Nothing but the credentials' own files holds a value: no state, no error.
 //
 // It does not survive a reboot and does not try to: nothing is synced, since
@@ -96,6 +100,11 @@ type Entry struct {
 	// Path is where systemd finds the name: the store's file, or the file that
 	// shadows it.
 	Path string `json:"path"`
+	// Generation is the set that brought the bytes, InstalledUSec when that was
+	// done, on CLOCK_MONOTONIC in microseconds, the clock of systemd's
+	// timestamps of units.
+	Generation    uint64 `json:"generation"`
+	InstalledUSec uint64 `json:"installedMonotonicUSec"`
 }
 
 // A Tx is the store with its lock held. Close gives the lock back. It must not
@@ -143,8 +152,10 @@ func (s *Store) Begin() (_ *Tx, err error) {
 	if err := t.recover(); err != nil {
 		return nil, err
 	}
-	t.st, err = loadState(t.own)
-	return t, err
+	if t.st, err = loadState(t.own); err != nil {
+		return nil, err
+	}
+	return t, t.dropUnkept()
 }
 
 // View takes the store's lock together with other readers, and reads the
@@ -205,10 +216,7 @@ func (t *Tx) Interrupted() bool { return t.interrupted }
 func (t *Tx) Entries() []Entry {
 	es := make([]Entry, 0, len(t.st.Entries))
 	for name, r := range t.st.Entries {
-		e := Entry{
-			Name: name, Revision: r.Revision, Size: r.File.Size, Source: r.Source, InstalledAt: r.InstalledAt,
-			State: StateInForce, Path: filepath.Join(t.s.cfg.Dir, name),
-		}
+		e := t.entry(name, r)
 		id, err := t.dir.stat(name)
 		path, shadowed := find(t.s.cfg.Shadowing, name)
 		switch {
@@ -237,22 +245,60 @@ func (t *Tx) Holds(name string, v secret.Value) bool {
 	return err == nil && id.same(r.File) && secret.New(b).Equal(v)
 }
 
-// SetReport keeps one report of the caller's beside the store's state, until
-// the next one or a reboot. It must not hold a value.
-func (t *Tx) SetReport(b []byte) error {
+// Open opens the value in force of name, for reading from its beginning. The
+// file stays what it is when another value is put in force, or the Tx is
+// closed; the caller closes it. A name that the store does not have, or that
+// somebody took from it, matches [fs.ErrNotExist].
+func (t *Tx) Open(name string) (*os.File, Entry, error) {
+	r, ok := t.st.Entries[name]
+	if !ok {
+		return nil, Entry{}, fmt.Errorf("opening credential %s: %w", name, fs.ErrNotExist)
+	}
+	f, id, err := t.dir.open(name)
+	if err != nil {
+		return nil, Entry{}, err
+	}
+	if !id.same(r.File) {
+		return nil, Entry{}, errors.Join(fmt.Errorf("opening credential %s: somebody replaced it: %w", name, fs.ErrNotExist), f.Close())
+	}
+	return f, t.entry(name, r), nil
+}
+
+// entry is what a record says of a value that systemd finds in the store.
+func (t *Tx) entry(name string, r record) Entry {
+	return Entry{
+		Name: name, Revision: r.Revision, Size: r.File.Size, Source: r.Source, InstalledAt: r.InstalledAt,
+		State: StateInForce, Path: filepath.Join(t.s.cfg.Dir, name), Generation: r.Generation, InstalledUSec: r.InstalledUSec,
+	}
+}
+
+// A Note is a file of the caller's beside the store's state. It is kept until
+// the next one of its name or a reboot, and must not hold a value.
+type Note string
+
+// The notes there are.
+const (
+	NoteReport Note = "report.json" // what the last import said
+	NoteLoads  Note = "loads.json"  // who was handed what
+)
+
+var notes = []Note{NoteReport, NoteLoads}
+
+// SetNote keeps a note.
+func (t *Tx) SetNote(n Note, b []byte) error {
 	if err := t.writable(); err != nil {
 		return err
 	}
-	return t.own.replace(reportFile, 0o600, b)
+	return t.own.replace(string(n), 0o600, b)
 }
 
-// Report returns what SetReport kept; an error that matches [fs.ErrNotExist]
-// where it never did.
-func (t *Tx) Report() ([]byte, error) {
+// Note returns what SetNote kept; an error that matches [fs.ErrNotExist] where
+// it never did.
+func (t *Tx) Note(n Note) ([]byte, error) {
 	if t.own == noDir {
 		return nil, fs.ErrNotExist
 	}
-	b, _, err := t.own.read(reportFile, maxStateSize)
+	b, _, err := t.own.read(string(n), maxStateSize)
 	return b, err
 }
 

@@ -77,7 +77,7 @@ func (a *Agent) Status() (*Report, error) {
 	}
 	defer tx.Close()
 	r := &Report{}
-	b, err := tx.Report()
+	b, err := tx.Note(credstore.NoteReport)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		r.reason(CodeNotImported, hintImport, "no import has run since the guest booted")
@@ -268,7 +268,7 @@ func saveImport(tx *credstore.Tx, r *Report) error {
 	if err != nil {
 		return err
 	}
-	if err := tx.SetReport(b); err != nil {
+	if err := tx.SetNote(credstore.NoteReport, b); err != nil {
 		return fmt.Errorf("keeping the import's report: %w", err)
 	}
 	return nil

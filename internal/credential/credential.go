@@ -91,6 +91,7 @@ const (
 	ReasonRemoved     Reason = "removed"     // it was removed since the last boot
 	ReasonDisabled    Reason = "disabled"    // systemd.import_credentials=no
 	ReasonDenied      Reason = "denied"      // systemd itself acts on the name
+	ReasonRejected    Reason = "rejected"    // a gate rolled this value back
 	ReasonMore        Reason = "more"        // there were more refusals than are listed
 )
 

@@ -11,7 +11,7 @@ ZSHDIR  ?= $(PREFIX)/share/zsh/site-functions
 DESTDIR ?=
 # Where `make deb` puts the packages.
 DIST    ?= dist
-# The guests that `make test` boots: trixie, bookworm, sid, several with commas, or all.
+# The guests that `make test` boots, in VMs and in containers: trixie, bookworm, sid, several with commas, or all.
 VM      ?= trixie
 # Only the tests that are given it boot guests.
 unexport VM
@@ -40,8 +40,9 @@ build: go ## build bin/guestagent and bin/guestctl
 .PHONY: install
 install: build ## install the binary and the units below DESTDIR
 	install -D -m 0755 bin/guestagent '$(DESTDIR)$(PREFIX)/bin/guestagent'
-	for unit in systemd/*; do \
+	for unit in systemd/*.*; do \
 	  sed 's|/usr/bin/guestagent|$(PREFIX)/bin/guestagent|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
+	install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/guestagent' systemd/optional/compare.conf
 
 .PHONY: install-guestctl
 install-guestctl: build ## install guestctl, its man pages and completions below DESTDIR
@@ -64,7 +65,7 @@ demo: go ## boot a VM, see a secret from an OEM string reach a service, and push
 	@go run ./tests/vm/demo
 
 .PHONY: test
-test: go ## run every test, those in VMs too
+test: go ## run every test, those in VMs and containers too
 	@tools/deps vm nix race
 	go test -shuffle=on ./...
 	go test -race -short -shuffle=on ./...

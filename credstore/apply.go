@@ -327,7 +327,7 @@ func (t *Tx) record() (stamp, error) {
 	if err := t.at("stamp"); err != nil {
 		return 0, err
 	}
-	at := stamp(monotonicUSec())
+	at := stamp(MonotonicUSec())
 	err := t.own.overwrite(nextFile, stampOffset, at.digits())
 	if errors.Is(err, fs.ErrNotExist) {
 		return at, nil // done before, and what it says is earlier

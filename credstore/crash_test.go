@@ -277,7 +277,7 @@ func (f *fixture) wantWhole() (intruded bool) {
 		d.close()
 	}
 	for name, r := range tx.st.Entries {
-		if r.InstalledUSec == 0 || r.InstalledUSec > monotonicUSec() {
+		if r.InstalledUSec == 0 || r.InstalledUSec > MonotonicUSec() {
 			f.t.Errorf("%s was installed at %d µs", name, r.InstalledUSec)
 		}
 	}

@@ -294,9 +294,9 @@ func identityOf(st *unix.Stat_t) identity {
 	}
 }
 
-// monotonicUSec is CLOCK_MONOTONIC in microseconds, the clock of systemd's
+// MonotonicUSec is CLOCK_MONOTONIC in microseconds, the clock of systemd's
 // *TimestampMonotonic properties.
-func monotonicUSec() uint64 {
+func MonotonicUSec() uint64 {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
 		return 0

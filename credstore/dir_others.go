@@ -5,6 +5,7 @@ package credstore
 import (
 	"errors"
 	"io"
+	"os"
 )
 
 // The store is systemd's, and systemd runs on Linux. Elsewhere the package
@@ -29,6 +30,10 @@ func (dir) create(string, uint32, []byte) (identity, error) {
 
 func (dir) replace(string, uint32, []byte) error { return errors.ErrUnsupported }
 
+func (dir) overwrite(string, int64, []byte) error { return errors.ErrUnsupported }
+
+func (dir) open(string) (*os.File, identity, error) { return nil, identity{}, errors.ErrUnsupported }
+
 func (dir) read(string, int64) ([]byte, identity, error) {
 	return nil, identity{}, errors.ErrUnsupported
 }
@@ -49,6 +54,6 @@ func (dir) flock(string, bool, bool) (io.Closer, error) { return nil, errors.Err
 
 func mkdir(string) error { return errors.ErrUnsupported }
 
-func monotonicUSec() uint64 { return 0 }
+func MonotonicUSec() uint64 { return 0 }
 
 func backing(string) (Backing, error) { return Backing{}, errors.ErrUnsupported }

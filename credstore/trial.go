@@ -115,11 +115,13 @@ func (t *Tx) keeps(folder, name string, r *record, v secret.Value) bool {
 	return err == nil && secret.New(b).Equal(v)
 }
 
-// PreviousSince returns when the values that are kept for Rollback were
-// replaced, on CLOCK_MONOTONIC in microseconds; false where none are.
-func (t *Tx) PreviousSince() (usec uint64, ok bool) {
-	return uint64(t.st.Stamp), len(t.st.Previous.Entries) > 0
-}
+// HasPrevious reports whether anything is kept for Rollback. That was replaced
+// at [Tx.ChangedUSec].
+func (t *Tx) HasPrevious() bool { return len(t.st.Previous.Entries) > 0 }
+
+// ChangedUSec is when a set last changed a value, on CLOCK_MONOTONIC in
+// microseconds; 0 where none has.
+func (t *Tx) ChangedUSec() uint64 { return uint64(t.st.Stamp) }
 
 // DropPrevious keeps nothing for Rollback any more. It must not be called while
 // a set is on trial.

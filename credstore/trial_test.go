@@ -210,7 +210,7 @@ func TestInstalledUSec(t *testing.T) {
 	var last uint64
 	f.s.step = func(at string) error {
 		if at == "stamp" {
-			last = monotonicUSec()
+			last = MonotonicUSec()
 		}
 		return nil
 	}
@@ -270,7 +270,7 @@ func TestDropPrevious(t *testing.T) {
 	f.apply(push(cred("a", "2")))
 	f.do("DropPrevious", func(tx *Tx) error {
 		e, ok := tx.PreviousEntry("a")
-		if _, kept := tx.PreviousSince(); !kept || !ok || e.Generation != 1 {
+		if !tx.HasPrevious() || tx.ChangedUSec() == 0 || !ok || e.Generation != 1 {
 			t.Errorf("PreviousEntry = %+v, %v", e, ok)
 		}
 		if !tx.HoldsPrevious("a", cred("", "1").Value) || tx.HoldsPrevious("a", cred("", "2").Value) {

@@ -68,6 +68,7 @@ in
     systemd.services.guestagent-import.wantedBy = [ "sysinit.target" ];
     systemd.sockets.guestagent.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-local.wantedBy = [ "sockets.target" ];
+    systemd.sockets.guestagent-credentials.wantedBy = [ "sockets.target" ];
 
     # PID 1 imports OEM strings and fw_cfg in the initrd, and loads these there if the initrd has them.
     boot.initrd.availableKernelModules = [

@@ -13,6 +13,8 @@ buildGoModule (finalAttrs: {
     root = ../.;
     fileset = lib.fileset.unions [
       ../cmd
+      ../consumer
+      ../credsocket
       ../credstore
       ../go.mod
       ../go.sum

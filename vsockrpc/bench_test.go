@@ -65,7 +65,7 @@ func benchEcho(b *testing.B, size int) net.Conn {
 }
 
 func BenchmarkRoundTrip(b *testing.B) {
-	c := Credentials{dialTest(b, serveUnix(b, benchServer()))}
+	c := Credentials{Client: dialTest(b, serveUnix(b, benchServer()))}
 	for b.Loop() {
 		if _, err := c.Rollback(b.Context(), &RollbackParams{}); err != nil {
 			b.Fatal(err)
@@ -79,7 +79,7 @@ func BenchmarkApply(b *testing.B) {
 		var e Encoder
 		encodeCall(&e, MethodApply, &ApplyParams{Set: []Credential{{Name: "api-key", Revision: "1", Value: v}}}, false, false)
 		b.Run(name, func(b *testing.B) {
-			c := Credentials{dialTest(b, serveUnix(b, benchServer()))}
+			c := Credentials{Client: dialTest(b, serveUnix(b, benchServer()))}
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
 			for b.Loop() {

@@ -16,7 +16,7 @@ import (
 
 func TestCredentialsOverUnix(t *testing.T) {
 	s, fake := testServer()
-	c := Credentials{dialTest(t, serveUnix(t, s))}
+	c := Credentials{Client: dialTest(t, serveUnix(t, s))}
 	big := bytes.Repeat([]byte{0, 1, 254, 255}, (1<<20)/4)
 	r, err := c.Apply(t.Context(), &ApplyParams{Set: []Credential{{Name: "a", Revision: "r", Value: value(marker)}, {Name: "big", Value: value(string(big))}}})
 	if err != nil || r.Generation != 1 || len(r.Installed) != 2 || r.Removed == nil {
@@ -163,7 +163,7 @@ func TestClientHostileAnswers(t *testing.T) {
 	} {
 		for _, hangUp := range []bool{true, false} {
 			c := answer(t, s, hangUp)
-			_, err := Credentials{c}.Remove(t.Context(), &RemoveParams{})
+			_, err := Credentials{Client: c}.Remove(t.Context(), &RemoveParams{})
 			if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 				t.Errorf("after %.60q: %v, want %q", s, err, want)
 			}
@@ -272,6 +272,9 @@ func FuzzReply(f *testing.F) {
 	f.Add([]byte(`{"parameters":{"generation":1,"removed":[],"unchanged":[]}}`))
 	f.Add([]byte(`{"error":"io.guestagent.Credentials.Refused","parameters":{"refusals":[{"name":"n","source":"s","reason":"r","detail":"d"}]}}`))
 	f.Add([]byte(`{"parameters":{"generation":1,"entries":[{"name":"n","revision":"","size":1,"source":"","installedAt":"","state":"","path":""}],"refusals":[]},"continues":true}`))
+	f.Add([]byte(`{"parameters":{"generation":1,"installed":[],"relabelled":[],"removed":[],"unchanged":[],"units":[{"unit":"u","action":"a","result":"r","state":"s","detail":"d"}],"progress":{"phase":"p","unit":{"unit":"u","action":"a","result":"r","state":"s","detail":"d"},"waitingFor":["u"]}},"continues":true}`))
+	f.Add([]byte(`{"error":"io.guestagent.Credentials.RolledBack","parameters":{"generation":1,"units":[],"problem":"p","restored":true}}`))
+	f.Add([]byte(`{"parameters":{"generation":1,"entries":[{"name":"n","revision":"","size":1,"source":"","installedAt":"","state":"","path":"","consumers":[{"unit":"u","activeState":"a","as":"n","way":"file","revision":"r","loaded":"inForce","stale":true,"refresh":"none","detail":"d"}]}],"refusals":[],"waiting":[{"unit":"u","name":"n","since":""}],"rejected":[{"generation":1,"at":"","names":["n"],"problem":"p"}],"gate":2,"consumersProblem":"p"}}`))
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		r, err := decodeReply(msg)
 		if err != nil {
@@ -283,7 +286,7 @@ func FuzzReply(f *testing.F) {
 		if text := (&Error{Name: r.err, Parameters: r.raw}).Error(); len(text) > maxNameLen+maxQuoted+8 || strings.ContainsAny(text, "\x1b\n\x00") {
 			t.Errorf("decodeReply(%q): the error is %q", msg, text)
 		}
-		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}} {
+		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefreshResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}, &GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{}} {
 			d := r.parameters
 			if err := d.Decode(v); err != nil {
 				continue

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/internal/secret"
@@ -65,6 +66,11 @@ type ApplyParams struct {
 	ExpectedGeneration *int64
 	Forget             bool
 	DryRun             bool
+	// Refresh is empty, none, auto, reload or restart.
+	Refresh string
+	// Gate is in whole seconds, from MinGate to MaxGate, and needs a refresh
+	// other than none. 0 is no gate.
+	Gate time.Duration
 }
 
 // Wipe overwrites the values.
@@ -79,23 +85,34 @@ type RemoveParams struct {
 	Names              []string
 	ExpectedGeneration *int64
 	Forget             bool
+	// Refresh is empty, none, auto, reload or restart.
+	Refresh string
 }
 
 // RollbackParams are the parameters of Rollback.
 type RollbackParams struct {
 	ExpectedGeneration *int64
+	// Refresh is empty, none, auto, reload or restart.
+	Refresh string
 }
 
-// ListParams are the parameters of List: none.
-type ListParams struct{}
+// ListParams are the parameters of List.
+type ListParams struct {
+	// Consumers asks for the units that load each credential.
+	Consumers bool
+}
 
-// ApplyResult is what Apply answers. The lists are names.
+// ApplyResult is what Apply and Retry answer. The lists are names.
 type ApplyResult struct {
 	Generation int64    `json:"generation"`
 	Installed  []string `json:"installed"`
 	Relabelled []string `json:"relabelled"`
 	Removed    []string `json:"removed"`
 	Unchanged  []string `json:"unchanged"`
+	// Units are the consumers that were to be refreshed.
+	Units []Refreshed `json:"units,omitzero"`
+	// Progress is nil in the last reply.
+	Progress *Progress `json:"progress,omitzero"`
 }
 
 // ListResult is what List answers.
@@ -103,6 +120,12 @@ type ListResult struct {
 	Generation int64                `json:"generation"`
 	Entries    []Entry              `json:"entries"`
 	Refusals   []credential.Refusal `json:"refusals"`
+	Waiting    []Waiting            `json:"waiting,omitzero"`
+	Rejected   []Rejected           `json:"rejected,omitzero"`
+	// Gate is the generation that is on trial; nil if none is.
+	Gate *int64 `json:"gate,omitzero"`
+	// ConsumersProblem says in one line why the consumers are not known.
+	ConsumersProblem string `json:"consumersProblem,omitzero"`
 }
 
 // An Entry is a credential that is in the guest.
@@ -115,6 +138,8 @@ type Entry struct {
 	InstalledAt string `json:"installedAt"`
 	State       string `json:"state"`
 	Path        string `json:"path"`
+	// Consumers are there if they were asked for.
+	Consumers []Consumer `json:"consumers,omitzero"`
 }
 
 // RemoveResult is what Remove answers.
@@ -122,6 +147,10 @@ type RemoveResult struct {
 	Generation int64    `json:"generation"`
 	Removed    []string `json:"removed"`
 	Unchanged  []string `json:"unchanged"`
+	// Units are the consumers that were to be refreshed.
+	Units []Refreshed `json:"units,omitzero"`
+	// Progress is nil in the last reply.
+	Progress *Progress `json:"progress,omitzero"`
 }
 
 // RollbackResult is what Rollback answers.
@@ -129,6 +158,10 @@ type RollbackResult struct {
 	Generation int64    `json:"generation"`
 	Installed  []string `json:"installed"`
 	Removed    []string `json:"removed"`
+	// Units are the consumers that were to be refreshed.
+	Units []Refreshed `json:"units,omitzero"`
+	// Progress is nil in the last reply.
+	Progress *Progress `json:"progress,omitzero"`
 }
 
 // A RefusedError says that a set was not applied.
@@ -145,13 +178,16 @@ type GenerationMismatchError struct {
 // A NoPreviousError says that nothing is kept to roll back to.
 type NoPreviousError struct{}
 
+// A wireType is an error of the interface's own.
+type wireType interface {
+	WireError
+	Unmarshaler
+}
+
 var (
-	_ WireError   = (*RefusedError)(nil)
-	_ WireError   = (*GenerationMismatchError)(nil)
-	_ WireError   = (*NoPreviousError)(nil)
-	_ Unmarshaler = (*RefusedError)(nil)
-	_ Unmarshaler = (*GenerationMismatchError)(nil)
-	_ Unmarshaler = (*NoPreviousError)(nil)
+	_ wireType = (*RefusedError)(nil)
+	_ wireType = (*GenerationMismatchError)(nil)
+	_ wireType = (*NoPreviousError)(nil)
 )
 
 // Error returns the first refusals in one line. What it quotes may be a guest's
@@ -195,14 +231,14 @@ func (p *ApplyParams) EncodeTo(e *Encoder) {
 			e.OptBool("allowShadowed", c.AllowShadowed)
 		})
 	}
-	if len(p.Remove) > 0 {
-		e.Strings("remove", p.Remove)
-	}
+	optStrings(e, "remove", p.Remove)
 	e.OptBool("prune", p.Prune)
 	e.OptString("prunePrefix", p.PrunePrefix)
 	optInt(e, "expectedGeneration", p.ExpectedGeneration)
 	e.OptBool("forget", p.Forget)
 	e.OptBool("dryRun", p.DryRun)
+	e.OptString("refresh", p.Refresh)
+	encodeGate(e, p.Gate)
 }
 
 // sizeHint is about what EncodeTo writes, so that the buffer does not grow.
@@ -218,6 +254,12 @@ func (p *ApplyParams) sizeHint() int {
 	return n
 }
 
+func optStrings(e *Encoder, key string, list []string) {
+	if len(list) > 0 {
+		e.Strings(key, list)
+	}
+}
+
 func optInt(e *Encoder, key string, n *int64) {
 	if n != nil {
 		e.Int(key, *n)
@@ -225,17 +267,18 @@ func optInt(e *Encoder, key string, n *int64) {
 }
 
 var (
-	applyFields      = NewFields("set?", "remove?", "prune?", "prunePrefix?", "expectedGeneration?", "forget?", "dryRun?")
+	applyFields      = NewFields("set?", "remove?", "prune?", "prunePrefix?", "expectedGeneration?", "forget?", "dryRun?", "refresh?", "gate?")
 	credentialFields = NewFields("name", "revision?", "data?", "text?", "allowShadowed?")
-	removeFields     = NewFields("names", "expectedGeneration?", "forget?")
-	rollbackFields   = NewFields("expectedGeneration?")
+	removeFields     = NewFields("names", "expectedGeneration?", "forget?", "refresh?")
+	rollbackFields   = NewFields("expectedGeneration?", "refresh?")
+	listFields       = NewFields("consumers?")
 
-	applyResultFields    = NewFields("generation", "installed", "relabelled", "removed", "unchanged").Open()
-	listResultFields     = NewFields("generation", "entries", "refusals").Open()
-	entryFields          = NewFields("name", "revision", "size", "source", "installedAt", "state", "path").Open()
+	applyResultFields    = NewFields("generation", "installed", "relabelled", "removed", "unchanged", "units?", "progress?").Open()
+	listResultFields     = NewFields("generation", "entries", "refusals", "waiting?", "rejected?", "gate?", "consumersProblem?").Open()
+	entryFields          = NewFields("name", "revision", "size", "source", "installedAt", "state", "path", "consumers?").Open()
 	refusalFields        = NewFields("name", "source", "reason", "detail").Open()
-	removeResultFields   = NewFields("generation", "removed", "unchanged").Open()
-	rollbackResultFields = NewFields("generation", "installed", "removed").Open()
+	removeResultFields   = NewFields("generation", "removed", "unchanged", "units?", "progress?").Open()
+	rollbackResultFields = NewFields("generation", "installed", "removed", "units?", "progress?").Open()
 	refusedFields        = NewFields("refusals").Open()
 	mismatchFields       = NewFields("expectedGeneration", "generation").Open()
 	noFields             = NewFields().Open()
@@ -262,8 +305,13 @@ func (p *ApplyParams) DecodeFrom(d *Decoder) {
 			p.Forget = d.Bool()
 		case "dryRun":
 			p.DryRun = d.Bool()
+		case "refresh":
+			p.Refresh = decodeSetRefresh(d)
+		case "gate":
+			p.Gate = decodeGate(d)
 		}
 	})
+	checkGate(d, p.Gate, p.Refresh)
 	if d.Err() == nil && len(p.Set)+len(p.Remove) > credential.MaxSetNames {
 		set.refuse("", credential.ReasonTooLarge, fmt.Sprintf("set and remove have more than %d names together", credential.MaxSetNames))
 	}
@@ -355,6 +403,7 @@ func (p *RemoveParams) EncodeTo(e *Encoder) {
 	e.Strings("names", p.Names)
 	optInt(e, "expectedGeneration", p.ExpectedGeneration)
 	e.OptBool("forget", p.Forget)
+	e.OptString("refresh", p.Refresh)
 }
 
 // DecodeFrom decodes the parameters of Remove.
@@ -367,6 +416,8 @@ func (p *RemoveParams) DecodeFrom(d *Decoder) {
 			p.ExpectedGeneration = decodeGeneration(d)
 		case "forget":
 			p.Forget = d.Bool()
+		case "refresh":
+			p.Refresh = decodeSetRefresh(d)
 		}
 	})
 	reset(d, p)
@@ -375,19 +426,30 @@ func (p *RemoveParams) DecodeFrom(d *Decoder) {
 // EncodeTo encodes the parameters of Rollback.
 func (p *RollbackParams) EncodeTo(e *Encoder) {
 	optInt(e, "expectedGeneration", p.ExpectedGeneration)
+	e.OptString("refresh", p.Refresh)
 }
 
 // DecodeFrom decodes the parameters of Rollback.
 func (p *RollbackParams) DecodeFrom(d *Decoder) {
-	d.Object(rollbackFields, func(string) { p.ExpectedGeneration = decodeGeneration(d) })
+	d.Object(rollbackFields, func(key string) {
+		switch key {
+		case "expectedGeneration":
+			p.ExpectedGeneration = decodeGeneration(d)
+		case "refresh":
+			p.Refresh = decodeSetRefresh(d)
+		}
+	})
 	reset(d, p)
 }
 
-// EncodeTo encodes nothing.
-func (*ListParams) EncodeTo(*Encoder) {}
+// EncodeTo encodes the parameters of List.
+func (p *ListParams) EncodeTo(e *Encoder) { e.OptBool("consumers", p.Consumers) }
 
-// DecodeFrom decodes an object without keys.
-func (*ListParams) DecodeFrom(d *Decoder) { d.Empty() }
+// DecodeFrom decodes the parameters of List.
+func (p *ListParams) DecodeFrom(d *Decoder) {
+	d.Object(listFields, func(string) { p.Consumers = d.Bool() })
+	reset(d, p)
+}
 
 // reset gives nothing on error.
 func reset[T any](d *Decoder, v *T) {
@@ -404,6 +466,8 @@ func (r *ApplyResult) EncodeTo(e *Encoder) {
 	e.Strings("relabelled", r.Relabelled)
 	e.Strings("removed", r.Removed)
 	e.Strings("unchanged", r.Unchanged)
+	encodeOptUnits(e, r.Units)
+	encodeProgress(e, r.Progress)
 }
 
 // DecodeFrom decodes the result.
@@ -420,6 +484,10 @@ func (r *ApplyResult) DecodeFrom(d *Decoder) {
 			r.Removed = listed(d)
 		case "unchanged":
 			r.Unchanged = listed(d)
+		case "units":
+			r.Units = decodeUnits(d)
+		case "progress":
+			r.Progress = decodeProgress(d)
 		}
 	})
 	reset(d, r)
@@ -439,8 +507,13 @@ func (r *ListResult) EncodeTo(e *Encoder) {
 		e.String("installedAt", entry.InstalledAt)
 		e.String("state", entry.State)
 		e.String("path", entry.Path)
+		encodeConsumers(e, entry.Consumers)
 	})
 	encodeRefusals(e, r.Refusals)
+	encodeWaiting(e, r.Waiting)
+	encodeRejected(e, r.Rejected)
+	optInt(e, "gate", r.Gate)
+	e.OptString("consumersProblem", r.ConsumersProblem)
 }
 
 // DecodeFrom decodes the result.
@@ -454,6 +527,15 @@ func (r *ListResult) DecodeFrom(d *Decoder) {
 			d.Array(maxListed, func(int) { r.Entries = append(r.Entries, decodeEntry(d)) })
 		case "refusals":
 			r.Refusals = decodeRefusals(d)
+		case "waiting":
+			r.Waiting = decodeWaiting(d)
+		case "rejected":
+			r.Rejected = decodeRejected(d)
+		case "gate":
+			n := d.Int()
+			r.Gate = &n
+		case "consumersProblem":
+			r.ConsumersProblem = d.String(maxLine)
 		}
 	})
 	reset(d, r)
@@ -477,6 +559,8 @@ func decodeEntry(d *Decoder) Entry {
 			e.State = d.String(maxLine)
 		case "path":
 			e.Path = d.String(maxLine)
+		case "consumers":
+			e.Consumers = decodeConsumers(d)
 		}
 	})
 	return e
@@ -518,6 +602,8 @@ func (r *RemoveResult) EncodeTo(e *Encoder) {
 	e.Int("generation", r.Generation)
 	e.Strings("removed", r.Removed)
 	e.Strings("unchanged", r.Unchanged)
+	encodeOptUnits(e, r.Units)
+	encodeProgress(e, r.Progress)
 }
 
 // DecodeFrom decodes the result.
@@ -530,6 +616,10 @@ func (r *RemoveResult) DecodeFrom(d *Decoder) {
 			r.Removed = listed(d)
 		case "unchanged":
 			r.Unchanged = listed(d)
+		case "units":
+			r.Units = decodeUnits(d)
+		case "progress":
+			r.Progress = decodeProgress(d)
 		}
 	})
 	reset(d, r)
@@ -540,6 +630,8 @@ func (r *RollbackResult) EncodeTo(e *Encoder) {
 	e.Int("generation", r.Generation)
 	e.Strings("installed", r.Installed)
 	e.Strings("removed", r.Removed)
+	encodeOptUnits(e, r.Units)
+	encodeProgress(e, r.Progress)
 }
 
 // DecodeFrom decodes the result.
@@ -552,6 +644,10 @@ func (r *RollbackResult) DecodeFrom(d *Decoder) {
 			r.Installed = listed(d)
 		case "removed":
 			r.Removed = listed(d)
+		case "units":
+			r.Units = decodeUnits(d)
+		case "progress":
+			r.Progress = decodeProgress(d)
 		}
 	})
 	reset(d, r)
@@ -592,59 +688,115 @@ func (*NoPreviousError) EncodeTo(*Encoder) {}
 func (*NoPreviousError) DecodeFrom(d *Decoder) { d.Object(noFields, func(string) {}) }
 
 // Credentials calls io.guestagent.Credentials. The interface's own errors come
-// back as [RefusedError], [GenerationMismatchError] and [NoPreviousError].
+// back in their types, such as [RefusedError].
 type Credentials struct {
 	Client *Client
+	// Progress, if not nil, is told how Apply, Remove, Rollback, Refresh and
+	// Retry get on, before they return. They are then called with more.
+	Progress func(Progress)
 }
 
 // Apply puts a set in force. It does not wipe its values.
 func (c Credentials) Apply(ctx context.Context, p *ApplyParams) (ApplyResult, error) {
-	return call[ApplyResult](ctx, c.Client, MethodApply, p)
+	return change[ApplyResult](ctx, c, MethodApply, p)
 }
 
-// List lists what is in the guest.
+// List lists what is in the guest, without consumers.
 func (c Credentials) List(ctx context.Context) (ListResult, error) {
 	return call[ListResult](ctx, c.Client, MethodList, &ListParams{})
 }
 
+// ListConsumers lists what is in the guest, and which units load it.
+func (c Credentials) ListConsumers(ctx context.Context) (ListResult, error) {
+	return call[ListResult](ctx, c.Client, MethodList, &ListParams{Consumers: true})
+}
+
 // Remove removes names.
 func (c Credentials) Remove(ctx context.Context, p *RemoveParams) (RemoveResult, error) {
-	return call[RemoveResult](ctx, c.Client, MethodRemove, p)
+	return change[RemoveResult](ctx, c, MethodRemove, p)
 }
 
 // Rollback puts back what the last set replaced.
 func (c Credentials) Rollback(ctx context.Context, p *RollbackParams) (RollbackResult, error) {
-	return call[RollbackResult](ctx, c.Client, MethodRollback, p)
+	return change[RollbackResult](ctx, c, MethodRollback, p)
 }
 
-// call calls a method of io.guestagent.Credentials, and gives the interface's
-// own errors their types.
+// Refresh refreshes the consumers of credentials.
+func (c Credentials) Refresh(ctx context.Context, p *RefreshParams) (RefreshResult, error) {
+	return change[RefreshResult](ctx, c, MethodRefresh, p)
+}
+
+// Retry puts a set in force again that its gate rolled back.
+func (c Credentials) Retry(ctx context.Context, p *RetryParams) (ApplyResult, error) {
+	return change[ApplyResult](ctx, c, MethodRetry, p)
+}
+
+// call calls a method of io.guestagent.Credentials that answers once.
 func call[R any, P interface {
 	*R
 	Unmarshaler
 }](ctx context.Context, c *Client, method string, params Marshaler) (R, error) {
 	var r R
 	err := c.Call(ctx, method, params, P(&r))
+	return r, typed(method, err)
+}
+
+// change calls a method that tells its progress to whoever wants to know.
+func change[R any, P interface {
+	*R
+	Unmarshaler
+	streamed
+}](ctx context.Context, c Credentials, method string, params Marshaler) (R, error) {
+	if c.Progress == nil {
+		r, err := call[R, P](ctx, c.Client, method, params)
+		if err == nil && P(&r).progress() != nil {
+			err = fmt.Errorf("calling %s: %w: %w", method, ErrProtocol, errNoResult)
+		}
+		return r, err
+	}
+	var none, result R
+	done := false
+	for d, err := range c.Client.CallMore(ctx, method, params) {
+		if err != nil {
+			return none, typed(method, err)
+		}
+		var r R
+		err := d.Decode(P(&r))
+		if err == nil && done {
+			err = errAfterResult
+		}
+		if err != nil {
+			return none, fmt.Errorf("calling %s: %w: %w", method, ErrProtocol, err)
+		}
+		if p := P(&r).progress(); p != nil {
+			c.Progress(*p)
+		} else {
+			result, done = r, true
+		}
+	}
+	if !done {
+		return none, fmt.Errorf("calling %s: %w: %w", method, ErrProtocol, errNoResult)
+	}
+	return result, nil
+}
+
+// typed gives the interface's own errors their types.
+func typed(method string, err error) error {
 	e, ok := errors.AsType[*Error](err)
 	if !ok {
-		return r, err
+		return err
 	}
-	var typed interface {
-		error
-		Unmarshaler
+	for _, t := range []wireType{
+		&RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{},
+		&GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{},
+	} {
+		if t.WireName() != e.Name {
+			continue
+		}
+		if err := e.Decode(t); err != nil {
+			return fmt.Errorf("calling %s: %w: parameters of %s: %w", method, ErrProtocol, e.Name, err)
+		}
+		return t
 	}
-	switch e.Name {
-	case errRefused:
-		typed = &RefusedError{}
-	case errGenerationMismatch:
-		typed = &GenerationMismatchError{}
-	case errNoPrevious:
-		typed = &NoPreviousError{}
-	default:
-		return r, err
-	}
-	if err := e.Decode(typed); err != nil {
-		return r, fmt.Errorf("calling %s: %w: parameters of %s: %w", method, ErrProtocol, e.Name, err)
-	}
-	return r, typed
+	return err
 }

@@ -161,6 +161,9 @@ func TestNothingShowsSecrets(t *testing.T) {
 		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s`,
 		`{"method":"io.guestagent.Credentials.Apply","%s":"%s"}`,
 		`{"method":"io.guestagent.Credentials.Remove","parameters":{"names":["%s",1]}}`,
+		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s"}],"refresh":"%s"}}`,
+		`{"method":"io.guestagent.Credentials.Refresh","parameters":{"names":["%s",1]}}`,
+		`{"method":"io.guestagent.Credentials.Retry","parameters":{"refresh":"auto","%s":"%s"}}`,
 		`{"method":"%s","parameters":{"set":[{"name":"a","text":"%s"}]}}`,
 		`{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"%s"}}`,
 		`"%s"`, `%s`, `{"%s`,
@@ -190,7 +193,7 @@ func TestNothingShowsSecrets(t *testing.T) {
 }
 
 func FuzzApply(f *testing.F) {
-	f.Add(`{"set":[{"name":"a","text":"x"},{"name":"b","data":"AAAA","revision":"r","allowShadowed":true}],"remove":["c"],"prune":true,"prunePrefix":"p","expectedGeneration":7,"forget":true,"dryRun":true}`)
+	f.Add(`{"set":[{"name":"a","text":"x"},{"name":"b","data":"AAAA","revision":"r","allowShadowed":true}],"remove":["c"],"prune":true,"prunePrefix":"p","expectedGeneration":7,"forget":true,"dryRun":true,"refresh":"auto","gate":30}`)
 	f.Add(`{"set":[{"name":"a/","text":"x"}]}`)
 	f.Add(`{"set":null}`)
 	f.Fuzz(func(t *testing.T, s string) {
@@ -212,7 +215,7 @@ func FuzzApply(f *testing.F) {
 		if err == nil {
 			err = m.parameters.Decode(&again)
 		}
-		if err != nil || len(again.Set) != len(p.Set) || fmt.Sprint(again.Remove) != fmt.Sprint(p.Remove) || again.Prune != p.Prune || again.PrunePrefix != p.PrunePrefix {
+		if err != nil || len(again.Set) != len(p.Set) || fmt.Sprint(again.Remove) != fmt.Sprint(p.Remove) || again.Prune != p.Prune || again.PrunePrefix != p.PrunePrefix || again.Refresh != p.Refresh || again.Gate != p.Gate {
 			t.Fatalf("%q: %+v became %+v, %v", s, p, again, err)
 		}
 		for i, c := range p.Set {

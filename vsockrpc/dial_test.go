@@ -66,7 +66,7 @@ func TestMuxNoByteLost(t *testing.T) {
 		t.Errorf("the VMM was asked %q", line)
 	}
 	for i := range 1001 {
-		r, err := Credentials{c}.Remove(t.Context(), &RemoveParams{})
+		r, err := Credentials{Client: c}.Remove(t.Context(), &RemoveParams{})
 		if err != nil || r.Generation != 7+int64(min(i, 1)) {
 			t.Fatalf("call %d = %+v, %v", i, r, err)
 		}

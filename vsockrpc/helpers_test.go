@@ -299,15 +299,38 @@ func (f *fakeCredentials) iface() Interface {
 			}
 			f.generation++
 			r.Generation = f.generation
+			if p.Refresh == "" || p.Refresh == RefreshNone {
+				return call.Reply(&r)
+			}
+			unit := Refreshed{Unit: "web.service", Action: ActionRestart, Result: ResultDone, State: "active (running)"}
+			if call.More {
+				for _, progress := range []Progress{
+					{Phase: PhaseApplied}, {Phase: PhaseRefreshing, WaitingFor: []string{"web.service"}}, {Phase: PhaseRefreshing, Unit: &unit},
+				} {
+					if err := call.ReplyMore(&ApplyResult{Generation: f.generation, Progress: &progress}); err != nil {
+						return err
+					}
+				}
+			}
+			if p.Gate > 0 {
+				f.generation++
+				unit.State = "failed (exit-code 1)"
+				return &RolledBackError{Generation: f.generation, Units: []Refreshed{unit}, Problem: "web.service failed", Restored: true}
+			}
+			r.Units = []Refreshed{unit}
 			return call.Reply(&r)
 		},
 		"List": func(_ context.Context, call *Call) error {
-			if err := call.Decode(&ListParams{}); err != nil {
+			var p ListParams
+			if err := call.Decode(&p); err != nil {
 				return err
 			}
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			r := ListResult{Generation: f.generation}
+			if p.Consumers {
+				r.ConsumersProblem = "there is no systemd"
+			}
 			for name, v := range f.values {
 				r.Entries = append(r.Entries, Entry{
 					Name: name, Revision: "r1", Size: int64(len(v)), Source: credential.SourcePush,
@@ -329,6 +352,18 @@ func (f *fakeCredentials) iface() Interface {
 				return err
 			}
 			return &NoPreviousError{}
+		},
+		"Refresh": func(_ context.Context, call *Call) error {
+			if err := call.Decode(&RefreshParams{}); err != nil {
+				return err
+			}
+			return &NoSystemdError{Problem: "there is no systemd"}
+		},
+		"Retry": func(_ context.Context, call *Call) error {
+			if err := call.Decode(&RetryParams{}); err != nil {
+				return err
+			}
+			return &NothingRejectedError{}
 		},
 	}}
 }

@@ -51,7 +51,7 @@ func TestHostile(t *testing.T) {
 	s, _ := testServer()
 	s.FirstByteTimeout, s.MessageTimeout, s.WriteTimeout = 300*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond
 	target := serveUnix(t, s)
-	good := Credentials{dialTest(t, target)}
+	good := Credentials{Client: dialTest(t, target)}
 	forever := func(c net.Conn, b []byte) {
 		for {
 			if _, err := c.Write(b); err != nil {
@@ -192,7 +192,7 @@ func TestManyClients(t *testing.T) {
 	target := serveUnix(t, s)
 	var wg sync.WaitGroup
 	for i := range 8 {
-		c := Credentials{dialTest(t, target)}
+		c := Credentials{Client: dialTest(t, target)}
 		wg.Go(func() {
 			for range 50 {
 				v := value(strings.Repeat("abcdefgh"[i:i+1], 100<<(i%4)))

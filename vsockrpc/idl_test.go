@@ -143,6 +143,8 @@ func (x idl) sampleOf(fields []idlField) sample {
 			continue
 		case f.name == "data":
 			v = `"aHVudGVyMmh1bnRlcjI="`
+		case f.name == "refresh":
+			v = `"auto"`
 		case f.typ == "string":
 			v = `"` + f.name + `"`
 		case f.typ == "int":
@@ -223,6 +225,8 @@ func TestCredentialsDescription(t *testing.T) {
 		"List":     {MethodList, func() any { return &ListParams{} }, func() any { return &ListResult{} }},
 		"Remove":   {MethodRemove, func() any { return &RemoveParams{} }, func() any { return &RemoveResult{} }},
 		"Rollback": {MethodRollback, func() any { return &RollbackParams{} }, func() any { return &RollbackResult{} }},
+		"Refresh":  {MethodRefresh, func() any { return &RefreshParams{} }, func() any { return &RefreshResult{} }},
+		"Retry":    {MethodRetry, func() any { return &RetryParams{} }, func() any { return &ApplyResult{} }},
 	}
 	for name, m := range x.methods {
 		g, ok := methods[name]
@@ -238,6 +242,8 @@ func TestCredentialsDescription(t *testing.T) {
 	}
 	wireErrors := []func() any{
 		func() any { return &RefusedError{} }, func() any { return &GenerationMismatchError{} }, func() any { return &NoPreviousError{} },
+		func() any { return &GateInProgressError{} }, func() any { return &RolledBackError{} }, func() any { return &NothingRejectedError{} },
+		func() any { return &NoSystemdError{} },
 	}
 	for _, fresh := range wireErrors {
 		name := strings.TrimPrefix(fresh().(WireError).WireName(), x.name+".")
@@ -250,13 +256,18 @@ func TestCredentialsDescription(t *testing.T) {
 	if len(wireErrors) != len(x.errors) {
 		t.Errorf("Go has %d errors, the description %d", len(wireErrors), len(x.errors))
 	}
-	// The nested types, each alone: one of a set, an entry, a refusal.
+	// The nested types, each alone: one of a set, an entry and so on.
 	nest := func(key string, rest string, fresh func() any) func() any {
 		return func() any { return &nested{key: key, rest: rest, inner: fresh()} }
 	}
 	x.checkCodec(t, "Credential", x.types["Credential"], nest("set", "", methods["Apply"].in), false)
 	x.checkCodec(t, "Entry", x.types["Entry"], nest("entries", `"generation":1,"refusals":[],`, methods["List"].out), true)
 	x.checkCodec(t, "Refusal", x.types["Refusal"], nest("refusals", `"generation":1,"entries":[],`, methods["List"].out), true)
+	x.checkCodec(t, "Waiting", x.types["Waiting"], nest("waiting", `"generation":1,"entries":[],"refusals":[],`, methods["List"].out), true)
+	x.checkCodec(t, "Rejected", x.types["Rejected"], nest("rejected", `"generation":1,"entries":[],"refusals":[],`, methods["List"].out), true)
+	x.checkCodec(t, "Refreshed", x.types["Refreshed"], nest("units", `"generation":1,`, methods["Refresh"].out), true)
+	x.checkCodec(t, "Consumer", x.types["Consumer"], func() any { return &nestedConsumer{} }, true)
+	x.checkCodec(t, "Progress", x.types["Progress"], func() any { return &nestedProgress{} }, true)
 }
 
 // nested is one object of a list in a document, taken for the document.
@@ -275,10 +286,42 @@ func (n *nested) DecodeFrom(d *Decoder) {
 
 func (n *nested) EncodeTo(e *Encoder) {
 	var inner Encoder
+	inner.raw("{")
 	n.inner.(Marshaler).EncodeTo(&inner)
-	_, list, _ := strings.Cut(string(inner.buf), `"`+n.key+`":[{`)
-	list, _, _ = strings.Cut(list, "}]")
-	e.raw(list)
+	inner.raw("}")
+	d := Decoder{buf: inner.buf}
+	d.Object(NewFields(n.key).Open(), func(string) {
+		d.Array(1, func(int) {
+			from, to := d.view()
+			e.raw(string(d.buf[from+1 : to-1]))
+		})
+	})
+}
+
+type nestedConsumer struct{ consumers []Consumer }
+
+func (n *nestedConsumer) DecodeFrom(d *Decoder) {
+	from, to := d.view()
+	if d.Err() == nil {
+		list := Decoder{buf: []byte("[" + string(d.buf[from:to]) + "]")}
+		n.consumers = decodeConsumers(&list)
+		d.Fail(list.End())
+	}
+}
+
+func (n *nestedConsumer) EncodeTo(e *Encoder) {
+	(&nested{key: "consumers", inner: EncodeFunc(func(e *Encoder) { encodeConsumers(e, n.consumers) })}).EncodeTo(e)
+}
+
+type nestedProgress struct{ progress *Progress }
+
+func (n *nestedProgress) DecodeFrom(d *Decoder) { n.progress = decodeProgress(d) }
+
+func (n *nestedProgress) EncodeTo(e *Encoder) {
+	var inner Encoder
+	encodeProgress(&inner, n.progress)
+	all := strings.TrimPrefix(string(inner.buf), `"progress":`)
+	e.raw(all[1 : len(all)-1])
 }
 
 // Our other descriptions have the methods and errors that the server has.

@@ -48,15 +48,16 @@ func (p *program) root() *cobra.Command {
 		Use:   "guestctl",
 		Short: "Put credentials into running virtual machines",
 		Long: `guestctl puts credentials into running virtual machines, where guestagent keeps
-them for systemd's services, and lists, removes and rolls them back there.
+them for systemd's services, and lists, removes and rolls them back there. It has
+the services that use them load the new values.
 
 TARGETS is one guest, or several separated by commas: names of VMs and globs over
 them (see guestctl list), vsock:CID[:PORT], vsock-mux:PATH[:PORT] or unix:PATH.
 Several are done one after the other until the first failure, unless --batch and
 --keep-going say otherwise. With --all there is no TARGETS.
 
-Exit status: 0 done, 1 failed or refused, 2 wrong usage, 4 unreachable; over
-several guests the highest.`,
+Exit status: 0 done, 1 failed or refused, 2 wrong usage, 4 unreachable, 5 rolled
+back by its gate; over several guests the highest.`,
 		Args:          cobra.ArbitraryArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -77,14 +78,14 @@ several guests the highest.`,
 	}
 	f := root.PersistentFlags()
 	f.BoolVar(&p.asJSON, "json", false, "print one JSON object per line and guest, in the wire's names")
-	f.DurationVar(&p.timeout, "timeout", host.DefaultTimeout, "bound what is done to one guest by `TIME`")
+	f.DurationVar(&p.timeout, "timeout", host.DefaultTimeout, "bound what is done to one guest by `TIME`, but not how long its units take to refresh")
 	f.BoolVar(&p.all, "all", false, "all VMs of the registry, instead of TARGETS")
 	f.IntVar(&p.batch, "batch", 1, "work on `N` guests at a time")
 	f.BoolVar(&p.keepGoing, "keep-going", false, "go on with the other guests after a failure")
 	f.StringArrayVar(&p.vms, "vms", nil, "look VMs up in `DIR`; may be repeated (default "+strings.Join(host.DefaultRegistry().Dirs, ", ")+")")
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(p.help())
-	root.AddCommand(p.push(), p.rm(), p.list(), p.rollback(), p.versionCommand(), p.completion(), p.man(), p.bridge())
+	root.AddCommand(p.push(), p.rm(), p.list(), p.refresh(), p.rollback(), p.retry(), p.versionCommand(), p.completion(), p.man(), p.bridge())
 	_ = root.MarkPersistentFlagDirname("vms")
 	return root
 }
@@ -152,6 +153,7 @@ func (p *program) push() *cobra.Command {
 	var dir, prefix, jsonFile, revision string
 	var allowShadowed bool
 	var params vsockrpc.ApplyParams
+	var refresh refreshFlags
 	cmd := &cobra.Command{
 		Use:   "push TARGETS NAME:PATH|NAME:-...",
 		Short: "Put credentials in force, all of them or none",
@@ -160,11 +162,22 @@ that is done. What is in force already stays as it is, so that a push may be
 repeated.
 
 A credential is NAME:PATH, a name and the file with its value, or NAME:- for
-standard input. A value is never an argument: every user could read it there.`,
+standard input. A value is never an argument: every user could read it there.
+
+The units that load a credential run on with the value that they have, unless
+--refresh or the guest's configuration says otherwise. With --refresh auto they
+are reloaded where systemd then loads credentials anew (RefreshOnReload=credentials,
+systemd 260), else restarted; units that do not run are left alone.
+
+With --gate the units are watched for that long. If one fails, restarts by itself
+or does not come up, the values before are put in force again, the units are
+refreshed once more, and the exit status is 5. What was rolled back is refused
+until it changes, or guestctl retry.`,
 		Example: `  guestctl push web api-key:./api-key
   pass show db | guestctl push 'web*,db' db-password:-
   guestctl push --all --dir "$CREDENTIALS_DIRECTORY" --prefix guest. --prune --dry-run
-  guestctl push vsock:3 --json-file credentials.json --revision 2026-11`,
+  guestctl push vsock:3 --json-file credentials.json --revision 2026-11
+  guestctl push web tls-key:./tls-key --refresh auto --gate 30s`,
 		ValidArgsFunction: p.completeTargets,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			rest, err := p.check(cmd, args)
@@ -194,6 +207,9 @@ standard input. A value is never an argument: every user could read it there.`,
 				return usage(cmd, "--prune-prefix is of --prune")
 			case len(revision) > vsockrpc.MaxRevisionLen:
 				return usage(cmd, fmt.Sprintf("--revision is longer than %d bytes", vsockrpc.MaxRevisionLen))
+			}
+			if params.Refresh, params.Gate, err = refresh.get(cmd, setRefreshes); err != nil {
+				return err
 			}
 			if err := host.CheckArguments(rest); err != nil {
 				return usage(cmd, err.Error())
@@ -242,6 +258,8 @@ standard input. A value is never an argument: every user could read it there.`,
 	f.BoolVar(&params.DryRun, "dry-run", false, "change nothing, say what would come of it")
 	f.BoolVar(&params.Forget, "forget", false, "keep no previous values for rollback")
 	expectedFlag(f)
+	refresh.add(cmd, setRefreshes)
+	refresh.addGate(cmd)
 	_ = cmd.MarkFlagDirname("dir")
 	_ = cmd.MarkFlagFilename("json-file", "json")
 	return cmd
@@ -250,6 +268,7 @@ standard input. A value is never an argument: every user could read it there.`,
 func (p *program) rm() *cobra.Command {
 	var params vsockrpc.RemoveParams
 	var dryRun bool
+	var refresh refreshFlags
 	cmd := &cobra.Command{
 		Use:               "rm TARGETS NAME...",
 		Short:             "Remove credentials",
@@ -269,6 +288,9 @@ func (p *program) rm() *cobra.Command {
 			if params.ExpectedGeneration, err = expected(cmd); err != nil {
 				return err
 			}
+			if params.Refresh, _, err = refresh.get(cmd, setRefreshes); err != nil {
+				return err
+			}
 			fleet, err := p.fleet(cmd, args)
 			if err != nil {
 				return err
@@ -276,7 +298,7 @@ func (p *program) rm() *cobra.Command {
 			return p.do(cmd, fleet, writeChange, func(fleet host.Fleet, ctx context.Context, emit func(host.Result)) error {
 				if dryRun { // Remove has none
 					return fleet.Push(ctx, &vsockrpc.ApplyParams{
-						Remove: params.Names, ExpectedGeneration: params.ExpectedGeneration, Forget: params.Forget, DryRun: true,
+						Remove: params.Names, ExpectedGeneration: params.ExpectedGeneration, Forget: params.Forget, DryRun: true, Refresh: params.Refresh,
 					}, emit)
 				}
 				return fleet.Remove(ctx, &params, emit)
@@ -286,6 +308,7 @@ func (p *program) rm() *cobra.Command {
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "change nothing, say what would come of it")
 	cmd.Flags().BoolVar(&params.Forget, "forget", false, "keep no previous values for rollback")
 	expectedFlag(cmd.Flags())
+	refresh.add(cmd, setRefreshes)
 	return cmd
 }
 
@@ -293,8 +316,12 @@ func (p *program) list() *cobra.Command {
 	return &cobra.Command{
 		Use:   "list [TARGETS]",
 		Short: "List the credentials of guests, or the VMs",
-		Long: `list lists the credentials of a guest; of several, one line per guest. Values are
-never shown: no guest gives one back.
+		Long: `list lists the credentials of a guest, and the units that load them; of several
+guests, one line per guest. Values are never shown: no guest gives one back.
+
+A unit is stale if it runs, and may have another value than the one in force:
+guestctl refresh mends that. What else there is to know goes to standard error:
+units that wait for a credential, a set that is on trial, one that was rolled back.
 
 Without TARGETS it lists the VMs of this host, and whether their agents answer.`,
 		Example:           "  guestctl list\n  guestctl list web\n  guestctl list --all --json",
@@ -303,22 +330,21 @@ Without TARGETS it lists the VMs of this host, and whether their agents answer.`
 			if len(args) == 0 && !p.all {
 				return p.listVMs(cmd)
 			}
-			rest, err := p.check(cmd, args)
-			if err != nil {
+			if err := p.checkTargets(cmd, args); err != nil {
 				return err
-			}
-			if len(rest) > 0 {
-				return usage(cmd, "list takes no arguments but TARGETS; several are separated by commas")
 			}
 			fleet, err := p.fleet(cmd, args)
 			if err != nil {
 				return err
 			}
-			write := writeSummary
+			write, call := writeSummary, operation(host.Fleet.List)
 			if len(fleet.Guests) == 1 {
 				write = writeEntries
 			}
-			return p.do(cmd, fleet, write, host.Fleet.List)
+			if len(fleet.Guests) == 1 || p.asJSON {
+				call = host.Fleet.ListConsumers
+			}
+			return p.do(cmd, fleet, write, call)
 		},
 	}
 }
@@ -346,23 +372,58 @@ func (p *program) listVMs(cmd *cobra.Command) error {
 	return errors.Join(p.do(cmd, fleet, writeVM, host.Fleet.Probe), err)
 }
 
+func (p *program) refresh() *cobra.Command {
+	var params vsockrpc.RefreshParams
+	var refresh refreshFlags
+	cmd := &cobra.Command{
+		Use:   "refresh TARGETS [NAME...]",
+		Short: "Have the units load the values in force",
+		Long: `refresh has the units of each guest load the values in force: those that load one
+of the credentials that are named, or any, and are stale. Units that do not run are
+left alone.`,
+		Example:           "  guestctl refresh web\n  guestctl refresh 'web*' tls-key --refresh restart --all-consumers",
+		ValidArgsFunction: p.completeTargets,
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if params.Names, err = p.check(cmd, args); err != nil {
+				return err
+			}
+			if err := host.CheckNames(params.Names); err != nil {
+				return usage(cmd, err.Error())
+			}
+			if params.Refresh, _, err = refresh.get(cmd, refreshes); err != nil {
+				return err
+			}
+			fleet, err := p.fleet(cmd, args)
+			if err != nil {
+				return err
+			}
+			return p.do(cmd, fleet, writeRefresh, func(fleet host.Fleet, ctx context.Context, emit func(host.Result)) error {
+				return fleet.Refresh(ctx, &params, emit)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&params.All, "all-consumers", false, "refresh running units that are not stale, too")
+	refresh.add(cmd, refreshes)
+	return cmd
+}
+
 func (p *program) rollback() *cobra.Command {
+	var params vsockrpc.RollbackParams
+	var refresh refreshFlags
 	cmd := &cobra.Command{
 		Use:               "rollback TARGETS",
 		Short:             "Put back what the last push or removal replaced",
 		Long:              "rollback puts back, in each guest, what the last set replaced, as a new generation.",
-		Example:           "  guestctl rollback web",
+		Example:           "  guestctl rollback web\n  guestctl rollback web --refresh auto",
 		ValidArgsFunction: p.completeTargets,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			rest, err := p.check(cmd, args)
-			if err != nil {
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if err := p.checkTargets(cmd, args); err != nil {
 				return err
 			}
-			if len(rest) > 0 {
-				return usage(cmd, "rollback takes no arguments but TARGETS; several are separated by commas")
-			}
-			var params vsockrpc.RollbackParams
 			if params.ExpectedGeneration, err = expected(cmd); err != nil {
+				return err
+			}
+			if params.Refresh, _, err = refresh.get(cmd, setRefreshes); err != nil {
 				return err
 			}
 			fleet, err := p.fleet(cmd, args)
@@ -375,7 +436,97 @@ func (p *program) rollback() *cobra.Command {
 		},
 	}
 	expectedFlag(cmd.Flags())
+	refresh.add(cmd, setRefreshes)
 	return cmd
+}
+
+func (p *program) retry() *cobra.Command {
+	var params vsockrpc.RetryParams
+	var refresh refreshFlags
+	cmd := &cobra.Command{
+		Use:   "retry TARGETS",
+		Short: "Put in force again what a gate rolled back",
+		Long: `retry puts the set in force again that was rolled back last by its gate, in each
+guest, as a new generation. Until then, or until its bytes change, a guest refuses
+it. guestctl list tells of it.`,
+		Example:           "  guestctl retry web --gate 2m",
+		ValidArgsFunction: p.completeTargets,
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if err := p.checkTargets(cmd, args); err != nil {
+				return err
+			}
+			if params.ExpectedGeneration, err = expected(cmd); err != nil {
+				return err
+			}
+			if params.Refresh, params.Gate, err = refresh.get(cmd, setRefreshes); err != nil {
+				return err
+			}
+			fleet, err := p.fleet(cmd, args)
+			if err != nil {
+				return err
+			}
+			return p.do(cmd, fleet, writeChange, func(fleet host.Fleet, ctx context.Context, emit func(host.Result)) error {
+				return fleet.Retry(ctx, &params, emit)
+			})
+		},
+	}
+	expectedFlag(cmd.Flags())
+	refresh.add(cmd, setRefreshes)
+	refresh.addGate(cmd)
+	return cmd
+}
+
+// checkTargets is check where there are no arguments but TARGETS.
+func (p *program) checkTargets(cmd *cobra.Command, args []string) error {
+	rest, err := p.check(cmd, args)
+	if err == nil && len(rest) > 0 {
+		return usage(cmd, cmd.Name()+" takes no arguments but TARGETS; several are separated by commas")
+	}
+	return err
+}
+
+// The words that --refresh takes where a set changes, and of the command refresh.
+var (
+	refreshes    = []string{vsockrpc.RefreshAuto, vsockrpc.RefreshReload, vsockrpc.RefreshRestart}
+	setRefreshes = append([]string{vsockrpc.RefreshNone}, refreshes...)
+)
+
+// refreshFlags are --refresh and --gate.
+type refreshFlags struct {
+	refresh string
+	gate    time.Duration
+}
+
+func (r *refreshFlags) add(cmd *cobra.Command, words []string) {
+	def := " (default: the guest's configuration)"
+	if !slices.Contains(words, vsockrpc.RefreshNone) {
+		def = " (default: auto)"
+	}
+	cmd.Flags().StringVar(&r.refresh, "refresh", "", "have the units load the new values by `HOW`: "+strings.Join(words, ", ")+def)
+	_ = cmd.RegisterFlagCompletionFunc("refresh", cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func (r *refreshFlags) addGate(cmd *cobra.Command) {
+	cmd.Flags().DurationVar(&r.gate, "gate", 0, "watch the units for `TIME`, 1s to 1h, and roll back if one does not stand it; implies --refresh auto")
+}
+
+// get returns what the flags say. What stands for a word is not quoted.
+func (r *refreshFlags) get(cmd *cobra.Command, words []string) (refresh string, gate time.Duration, err error) {
+	if cmd.Flags().Changed("refresh") && !slices.Contains(words, r.refresh) {
+		return "", 0, usage(cmd, "--refresh takes one of "+strings.Join(words, ", "))
+	}
+	if !cmd.Flags().Changed("gate") {
+		return r.refresh, 0, nil
+	}
+	switch {
+	case r.gate < vsockrpc.MinGate || r.gate > vsockrpc.MaxGate || r.gate%time.Second != 0:
+		return "", 0, usage(cmd, "--gate takes whole seconds from 1s to 1h")
+	case r.refresh == vsockrpc.RefreshNone:
+		return "", 0, usage(cmd, "--gate watches units that are refreshed: there are none with --refresh none")
+	case r.refresh == "":
+		return vsockrpc.RefreshAuto, r.gate, nil
+	}
+	return r.refresh, r.gate, nil
 }
 
 func (p *program) versionCommand() *cobra.Command {

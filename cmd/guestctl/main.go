@@ -1,5 +1,5 @@
-// Guestctl puts credentials into running virtual machines, and lists, removes
-// and rolls them back there.
+// Guestctl puts credentials into running virtual machines, lists, removes and
+// rolls them back there, and has the services that use them load the new values.
 //
 // A value comes from a file or standard input, never from an argument. What
 // stands where a name belongs may be a value by mistake: no message repeats it

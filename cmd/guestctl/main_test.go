@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -32,6 +33,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"interrupt": interrupt, "vm": vm, "guest": guest, "hostile": hostile, "value": value, "calls": calls,
+			"waits": waits, "trial": trial, "nosystemd": noSystemd,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
@@ -126,6 +128,32 @@ func calls(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// waits GUEST UNIT NAME makes a unit of a guest wait for a credential.
+func waits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: waits GUEST UNIT NAME")
+	}
+	guests(ts)[args[0]].Wait(args[1], args[2])
+}
+
+// trial GUEST N makes a generation be on trial.
+func trial(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: trial GUEST N")
+	}
+	n, err := strconv.ParseInt(args[1], 10, 64)
+	ts.Check(err)
+	guests(ts)[args[0]].OnTrial(n)
+}
+
+// nosystemd GUEST PROBLEM makes systemd unreachable.
+func noSystemd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: nosystemd GUEST PROBLEM")
+	}
+	guests(ts)[args[0]].NoSystemd(args[1])
+}
+
 // terminal runs guestctl as on a terminal.
 func terminal(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
@@ -153,23 +181,45 @@ func TestTables(t *testing.T) {
 		}
 	}
 	vms := "--vms=" + filepath.Join(dir, "vms")
-	if _, _, err := terminal(t, vms, "push", "a", "api-key:-", "--revision", "r1"); err != nil {
+	for _, args := range [][]string{
+		{"push", "a", "api-key:-", "--revision", "r0", "--refresh", "auto"},
+		{"push", "a", "api-key:-", "--revision", "r1"},
+	} {
+		if _, _, err := terminal(t, append(args, vms)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "new"), []byte("new value"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := terminal(t, vms, "push", "a", hosttest.Never+":"+filepath.Join(dir, "new")); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
 		args []string
 		want []string
 	}{
-		{[]string{"list", "a"}, []string{"NAME REVISION SIZE SOURCE STATE INSTALLED", "api-key r1 5 push inForce 2026-01-02 03:04:05", "1 credential, generation 1"}},
-		{[]string{"list", "a,b"}, []string{"GUEST GENERATION CREDENTIALS", "a 1 api-key", "b 0 -"}},
-		{[]string{"list", "--all", "--batch=2"}, []string{"GUEST GENERATION CREDENTIALS", "a 1 api-key", "b 0 -"}},
+		{[]string{"list", "a"}, []string{
+			"NAME REVISION SIZE SOURCE STATE INSTALLED USED BY",
+			"api-key r1 5 push inForce 2026-01-02 03:04:05 1",
+			"never - 9 push inForce 2026-01-02 03:04:05 1 (1 stale)",
+			"",
+			"CREDENTIAL UNIT STATE LOADED VIA REFRESH",
+			"api-key api-key.service active inForce r0 file restart",
+			"never never.service active unknown (stale) file none: refresh.never names it",
+			"",
+			"2 credentials, generation 3",
+		}},
+		{[]string{"list", "b"}, []string{"NAME REVISION SIZE SOURCE STATE INSTALLED USED BY", "0 credentials, generation 0"}},
+		{[]string{"list", "a,b"}, []string{"GUEST GENERATION CREDENTIALS", "a 3 api-key, never", "b 0 -"}},
+		{[]string{"list", "--all", "--batch=2"}, []string{"GUEST GENERATION CREDENTIALS", "a 3 api-key, never", "b 0 -"}},
 		{[]string{"list"}, []string{"VM TARGET STATE AGENT", "reachable guestagent test", "reachable guestagent test"}},
 	} {
 		stdout, stderr, err := terminal(t, append(c.args, vms)...)
 		lines := strings.Split(strings.TrimSpace(stdout), "\n")
 		ok := err == nil && stderr == "" && len(lines) == len(c.want)
 		for i := range min(len(lines), len(c.want)) {
-			ok = ok && strings.Contains(strings.Join(strings.Fields(lines[i]), " "), c.want[i])
+			ok = ok && len(lines[i]) <= 100 && strings.Contains(strings.Join(strings.Fields(lines[i]), " "), c.want[i])
 		}
 		if !ok {
 			t.Errorf("guestctl %q = %q, %q, %v, want %q", c.args, stdout, stderr, err, c.want)
@@ -207,6 +257,59 @@ func TestProgress(t *testing.T) {
 	err = root.ExecuteContext(t.Context())
 	if want := "\r\x1b[Kwaiting for unix:" + g.Socket + "\r\x1b[K"; err != nil || errOut.String() != want {
 		t.Errorf("stderr = %q, %v, want %q", errOut.String(), err, want)
+	}
+}
+
+// The line says how the guests get on.
+func TestProgressOfRefresh(t *testing.T) {
+	dir := t.TempDir()
+	g, err := hosttest.Start(dir, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(g.Close)
+	if err := register(dir, "a", "unix:"+g.Socket); err != nil {
+		t.Fatal(err)
+	}
+	var out, errOut strings.Builder
+	p := &program{stdin: strings.NewReader(`{"systemd.credentials": [{"name": "x", "text": "v"}, {"name": "y", "text": "bad"}, {"name": "z", "text": "v"}]}`), stdout: &out, stderr: &errOut, errTerminal: true}
+	root := p.root()
+	root.SetArgs([]string{"push", "a", "--json-file=-", "--gate=1s", "--vms", filepath.Join(dir, "vms")})
+	if err := root.ExecuteContext(t.Context()); host.Status(err) != host.StatusRolledBack {
+		t.Errorf("push = %v, want status %d", err, host.StatusRolledBack)
+	}
+	lines := strings.Split(errOut.String(), clearLine)
+	for i, want := range []string{
+		"", "waiting for a", "waiting for a (applied)",
+		"waiting for a (refreshing: x.service and 2 more)", "waiting for a (refreshing: y.service and 1 more)",
+		"waiting for a (refreshing: y.service and 1 more)", "waiting for a (refreshing: z.service)",
+		"waiting for a (refreshing: z.service)", "waiting for a (refreshing)",
+		"waiting for a (watching: everything)", "waiting for a (rolling back)",
+		"guestctl: a: x.service: restart done; active (running)\n" +
+			"guestctl: a: y.service: restart failed; failed (\\x1b[31mexit-code 1)\n" +
+			"guestctl: a: z.service: restart done; active (running)\n",
+	} {
+		if i >= len(lines) || lines[i] != want {
+			t.Fatalf("stderr = %q, want %q as line %d", lines, want, i)
+		}
+	}
+}
+
+// A guest that has much to say is not let say all of it.
+func TestManyUnits(t *testing.T) {
+	var errOut strings.Builder
+	p := &program{stdout: io.Discard, stderr: &errOut}
+	units := make([]vsockrpc.Refreshed, 1000)
+	for i := range units {
+		units[i] = vsockrpc.Refreshed{Unit: strings.Repeat("u", 4000), Result: vsockrpc.ResultSkipped}
+	}
+	generation := int64(1)
+	p.results(&host.Fleet{}, writeRefresh).emit(host.Result{
+		Guest: "a", Generation: &generation, Units: units, Waiting: make([]vsockrpc.Waiting, 1000), Rejected: make([]vsockrpc.Rejected, 1000),
+	})
+	lines := strings.Split(strings.TrimSpace(errOut.String()), "\n")
+	if len(lines) != 3*(maxUnits+1) || len(errOut.String()) > 3*(maxUnits+1)*(maxLine+40) || !strings.Contains(errOut.String(), "and 968 more units") {
+		t.Errorf("%d lines, %d bytes, the last %.200q", len(lines), errOut.Len(), lines[len(lines)-1])
 	}
 }
 

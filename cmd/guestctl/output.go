@@ -23,13 +23,19 @@ const (
 	// are shown; --json has them all.
 	maxNames    = 64
 	maxRefusals = 64
+	// maxUnits is how many units that were not refreshed are shown.
+	maxUnits = 32
+	// maxStep bounds what the line of progress says of a guest, in bytes.
+	maxStep = 60
 )
 
 // A writer writes a result that is no failure, as rows of cells.
 type writer struct {
 	head []string // of a terminal's table; nil if it is no table
 	rows func(r host.Result, terminal bool) [][]string
-	foot func(r host.Result) string // below it, of the last result
+	// below is a second table of the last result, with its own head.
+	below func(r host.Result) [][]string
+	foot  func(r host.Result) string // below it all, of the last result
 }
 
 // results shows the results of guests as they come.
@@ -41,6 +47,9 @@ type results struct {
 	notTried []string
 	only     host.Result // the last one
 	progress bool        // a line on stderr says who is waited for
+
+	guests []host.Guest      // who is waited for
+	steps  map[string]string // how they get on, by name
 }
 
 // maxWaiting is how many of the guests that are waited for are named.
@@ -49,12 +58,16 @@ const maxWaiting = 3
 // waiting says on a terminal which guests are waited for, in a line that the
 // next output takes the place of.
 func (o *results) waiting(guests []host.Guest) {
-	if len(guests) == 0 {
+	if o.guests = guests; len(guests) == 0 {
 		return
 	}
 	var list []string
 	for _, g := range guests[:min(maxWaiting, len(guests))] {
-		list = append(list, show(g.Name))
+		s := show(g.Name)
+		if step := o.steps[g.Name]; step != "" {
+			s += " (" + step + ")"
+		}
+		list = append(list, s)
 	}
 	more := ""
 	if n := len(guests) - len(list); n > 0 {
@@ -64,13 +77,29 @@ func (o *results) waiting(guests []host.Guest) {
 	o.progress = true
 }
 
+// step says how a guest gets on, in the same line.
+func (o *results) step(g host.Guest, p vsockrpc.Progress) {
+	s := p.Phase
+	if p.Phase == vsockrpc.PhaseRollingBack {
+		s = "rolling back"
+	}
+	if len(p.WaitingFor) > 0 {
+		s += ": " + p.WaitingFor[0]
+		if n := len(p.WaitingFor) - 1; n > 0 {
+			s += fmt.Sprintf(" and %d more", n)
+		}
+	}
+	o.steps[g.Name] = vsockrpc.Escape(s, maxStep)
+	o.waiting(o.guests)
+}
+
 // clearLine goes to the line's begin and makes it empty.
 const clearLine = "\r\x1b[K"
 
 func (p *program) results(f *host.Fleet, w writer) *results {
-	r := &results{p: p, writer: w, several: len(f.Guests) > 1}
+	r := &results{p: p, writer: w, several: len(f.Guests) > 1, steps: map[string]string{}}
 	if p.errTerminal {
-		f.Waiting = r.waiting
+		f.Waiting, f.Progress = r.waiting, r.step
 	}
 	if p.terminal && w.head != nil && !p.asJSON {
 		r.table = tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
@@ -89,11 +118,15 @@ func (o *results) emit(r host.Result) {
 	if o.p.asJSON {
 		o.p.wrote(writeJSON(o.p.stdout, r))
 	}
-	if r.Error != nil && r.Reachable == nil {
+	refreshFailed := r.Error != nil && r.Error.Code == host.CodeRefreshFailed
+	if r.Error != nil && r.Reachable == nil && !refreshFailed {
 		o.failed(r)
 		return
 	}
 	if o.p.asJSON {
+		if refreshFailed {
+			o.failed(r)
+		}
 		return
 	}
 	w := o.p.stdout
@@ -111,6 +144,68 @@ func (o *results) emit(r host.Result) {
 		}
 		fmt.Fprintf(o.p.stderr, "guestctl: %s: the last import refused %s\n", name(r), vsockrpc.Escape(refusal.String(), maxLine))
 	}
+	o.remarks(r)
+	if refreshFailed {
+		o.failed(r)
+	} else {
+		o.units(r, func(u vsockrpc.Refreshed) bool { return u.Result != vsockrpc.ResultDone })
+	}
+}
+
+// remarks shows what a list has beside credentials and refusals.
+func (o *results) remarks(r host.Result) {
+	remark := func(format string, args ...any) {
+		fmt.Fprintf(o.p.stderr, "guestctl: %s: %s\n", name(r), vsockrpc.Escape(fmt.Sprintf(format, args...), maxLine))
+	}
+	for i, w := range r.Waiting {
+		if i == maxUnits {
+			remark("%d more units wait for a credential", len(r.Waiting)-i)
+			break
+		}
+		remark("%s waits for %s, since %s", w.Unit, w.Name, w.Since)
+	}
+	for i, j := range r.Rejected {
+		if i == maxUnits {
+			remark("%d more sets were rolled back", len(r.Rejected)-i)
+			break
+		}
+		remark("generation %d (%s) was rolled back at %s: %s; change the value, or `guestctl retry` tries the same once more",
+			j.Generation, names(j.Names), j.At, j.Problem)
+	}
+	if r.Gate != nil {
+		remark("generation %d is on trial", *r.Gate)
+	}
+	if r.ConsumersProblem != "" {
+		remark("which units load them is not known: %s", r.ConsumersProblem)
+	}
+}
+
+// units shows the units of a result that are worth it.
+func (o *results) units(r host.Result, worth func(vsockrpc.Refreshed) bool) {
+	shown, more := 0, 0
+	for _, u := range r.Units {
+		if !worth(u) {
+			continue
+		}
+		if shown++; shown > maxUnits {
+			more++
+			continue
+		}
+		what := u.Action + " " + u.Result
+		if u.Action == vsockrpc.ActionNone {
+			what = u.Result
+		}
+		words := []string{u.Unit + ": " + what}
+		for _, s := range []string{u.State, u.Detail} {
+			if s != "" {
+				words = append(words, s)
+			}
+		}
+		fmt.Fprintf(o.p.stderr, "guestctl: %s: %s\n", name(r), vsockrpc.Escape(strings.Join(words, "; "), maxLine))
+	}
+	if more > 0 {
+		fmt.Fprintf(o.p.stderr, "guestctl: %s: and %d more units; --json has them all\n", name(r), more)
+	}
 }
 
 // failed shows what went wrong with one of several guests. With one guest, that
@@ -125,6 +220,13 @@ func (o *results) failed(r host.Result) {
 			fmt.Fprintf(o.p.stderr, "guestctl: %s: refused: %s\n", name(r), vsockrpc.Escape(refusal.String(), maxLine))
 		}
 	}
+	switch r.Error.Code {
+	case host.CodeRefreshFailed:
+		o.units(r, func(u vsockrpc.Refreshed) bool { return u.Result != vsockrpc.ResultDone })
+	case host.CodeRolledBack:
+		// A unit whose job was done may have failed after that: its state tells.
+		o.units(r, func(vsockrpc.Refreshed) bool { return true })
+	}
 	if o.several {
 		fmt.Fprintf(o.p.stderr, "guestctl: %s: %s\n", failedName(r), r.Error.Message)
 	}
@@ -134,6 +236,16 @@ func (o *results) failed(r host.Result) {
 func (o *results) end(err error) error {
 	if o.table != nil {
 		o.p.wrote(o.table.Flush())
+		if o.writer.below != nil && err == nil {
+			if rows := o.writer.below(o.only); len(rows) > 1 {
+				_, _ = fmt.Fprintln(o.table)
+				for _, row := range rows {
+					_, _ = fmt.Fprintln(o.table, strings.Join(row, "\t"))
+				}
+				_, _ = fmt.Fprintln(o.table)
+				o.p.wrote(o.table.Flush())
+			}
+		}
 		if o.writer.foot != nil && err == nil {
 			_, err := fmt.Fprintln(o.p.stdout, o.writer.foot(o.only))
 			o.p.wrote(err)
@@ -207,7 +319,7 @@ var writeChange = writer{rows: func(r host.Result, _ bool) [][]string {
 			parts = append(parts, part.word+" "+names(part.list))
 		}
 	}
-	what := strings.Join(parts, "; ")
+	what := strings.Join(append(parts, refreshed(r)...), "; ")
 	if what == "" {
 		what = "nothing changed"
 	}
@@ -217,9 +329,44 @@ var writeChange = writer{rows: func(r host.Result, _ bool) [][]string {
 	return [][]string{{fmt.Sprintf("%s: generation %s: %s", name(r), generation(r), what)}}
 }}
 
-// writeEntries writes the credentials of the only guest.
+// refreshed says which units were refreshed. Of those that were not, there is a
+// line each.
+func refreshed(r host.Result) []string {
+	var parts []string
+	for _, action := range []struct{ word, past string }{
+		{vsockrpc.ActionReload, "reloaded"}, {vsockrpc.ActionRestart, "restarted"},
+	} {
+		var units []string
+		for _, u := range r.Units {
+			if u.Action == action.word && u.Result == vsockrpc.ResultDone {
+				units = append(units, u.Unit)
+			}
+		}
+		if len(units) > 0 {
+			parts = append(parts, action.past+" "+names(units))
+		}
+	}
+	return parts
+}
+
+// writeRefresh writes which units were refreshed, one line per guest.
+var writeRefresh = writer{rows: func(r host.Result, _ bool) [][]string {
+	what := strings.Join(refreshed(r), "; ")
+	switch {
+	case what != "":
+	case len(r.Units) > 0:
+		what = "no unit was refreshed"
+	default:
+		what = "there is no unit to refresh"
+	}
+	return [][]string{{fmt.Sprintf("%s: generation %s: %s", name(r), generation(r), what)}}
+}}
+
+// writeEntries writes the credentials of the only guest, and who loads them.
+// Only a terminal gets the second table: a line of the first is what a script
+// takes apart.
 var writeEntries = writer{
-	head: []string{"NAME", "REVISION", "SIZE", "SOURCE", "STATE", "INSTALLED"},
+	head: []string{"NAME", "REVISION", "SIZE", "SOURCE", "STATE", "INSTALLED", "USED BY"},
 	rows: func(r host.Result, terminal bool) [][]string {
 		var rows [][]string
 		for _, e := range r.Entries {
@@ -232,7 +379,29 @@ var writeEntries = writer{
 					state += " (" + show(e.Path) + ")"
 				}
 			}
-			rows = append(rows, []string{show(e.Name), show(e.Revision), strconv.FormatInt(e.Size, 10), show(string(e.Source)), state, at})
+			rows = append(rows, []string{show(e.Name), show(e.Revision), strconv.FormatInt(e.Size, 10), show(string(e.Source)), state, at, usedBy(r, e, terminal)})
+		}
+		return rows
+	},
+	below: func(r host.Result) [][]string {
+		rows := [][]string{{"CREDENTIAL", "UNIT", "STATE", "LOADED", "VIA", "REFRESH"}}
+		for _, e := range r.Entries {
+			for _, c := range e.Consumers {
+				loaded, via, refresh := c.Loaded, c.Way, c.Refresh
+				if c.Revision != "" {
+					loaded += " " + c.Revision
+				}
+				if c.Stale {
+					loaded += stale
+				}
+				if c.As != e.Name {
+					via += " as " + c.As
+				}
+				if c.Detail != "" {
+					refresh += ": " + c.Detail
+				}
+				rows = append(rows, []string{show(e.Name), show(c.Unit), show(c.ActiveState), show(loaded), show(via), show(refresh)})
+			}
 		}
 		return rows
 	},
@@ -243,6 +412,33 @@ var writeEntries = writer{
 		}
 		return fmt.Sprintf("%d %s, generation %s", len(r.Entries), what, generation(r))
 	},
+}
+
+// stale marks a unit.
+const stale = " (stale)"
+
+// usedBy says which units load a credential: on a terminal how many, since they
+// have a table of their own.
+func usedBy(r host.Result, e vsockrpc.Entry, terminal bool) string {
+	units := make([]string, len(e.Consumers))
+	old := 0
+	for i, c := range e.Consumers {
+		if units[i] = c.Unit; c.Stale {
+			units[i] += stale
+			old++
+		}
+	}
+	switch {
+	case r.ConsumersProblem != "":
+		return "?"
+	case len(units) == 0:
+		return "-"
+	case !terminal:
+		return names(units)
+	case old > 0:
+		return fmt.Sprintf("%d (%d stale)", len(units), old)
+	}
+	return strconv.Itoa(len(units))
 }
 
 const stateInForce = "inForce"

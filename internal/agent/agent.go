@@ -1,6 +1,7 @@
 // Package agent puts the guest's side together: it decides what is read, in
-// which order, and what comes of it. The rooms it uses (smbios, credstore) have
-// no policy of their own and do not know each other.
+// which order, and what comes of it. The rooms it uses (smbios, credstore,
+// consumer, credsocket, vsockrpc) have no policy of their own and do not know
+// each other.
 //
 // It trusts root in the guest and, but in a confidential VM, the host. It does
 // not trust what it reads: OEM strings, configuration, and what other programs
@@ -11,6 +12,8 @@ import (
 	"cmp"
 	"context"
 	"path/filepath"
+
+	"github.com/coreos/go-systemd/v22/journal"
 
 	"github.com/guestagent/guestagent/credstore"
 )
@@ -23,11 +26,15 @@ const (
 	pathStore       = "run/credstore"
 	pathCredentials = "run/credentials"
 	pathLocalSocket = "run/guestagent/varlink.sock"
-	pathPID1Socket  = "run/systemd/private"
-	pathSevGuest    = "sys/devices/platform/sev-guest"
-	pathTDXGuest    = "sys/class/misc/tdx_guest"
-	hintImport      = "systemctl restart guestagent-import.service"
-	hintCheckConfig = "guestagent check-config"
+	// Where units load credentials from, and where the credentials that units
+	// have are bound to in a sandbox, which does not see /run/credentials.
+	pathCredentialsSocket = "run/guestagent/credentials.sock"
+	pathLoaded            = "run/guestagent/loaded"
+	pathPID1Socket        = "run/systemd/private"
+	pathSevGuest          = "sys/devices/platform/sev-guest"
+	pathTDXGuest          = "sys/class/misc/tdx_guest"
+	hintImport            = "systemctl restart guestagent-import.service"
+	hintCheckConfig       = "guestagent check-config"
 )
 
 // An Agent is one guest. The zero value is the guest that this process runs in.
@@ -44,6 +51,10 @@ type Agent struct {
 
 	// confidential asks whether this is a confidential VM. Tests set it.
 	confidential func(context.Context) (string, error)
+	// dialSystemd connects to PID 1. Tests set it.
+	dialSystemd func(context.Context) (systemd, error)
+	// sendJournal leaves a line in the journal. Tests set it.
+	sendJournal func(message string, priority journal.Priority, vars map[string]string) error
 }
 
 func (a *Agent) path(p string) string { return filepath.Join(cmp.Or(a.Root, "/"), p) }

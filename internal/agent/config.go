@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
+	"time"
 
+	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -37,7 +40,53 @@ type Config struct {
 		// although systemd itself acts on them: see deniedPrefixes.
 		Allow []string
 	}
+	// Credentials says, by name, what a change of the credential brings about.
+	Credentials map[string]CredentialConfig
+	Refresh     struct {
+		// Never are units, with wildcards as in systemctl(1), that are never
+		// refreshed for loading a credential. It replaces [DefaultNever].
+		Never []string
+	}
+	Socket struct {
+		// Wait is how long a unit may wait on the credentials socket; 0 is as
+		// long as its own start may take.
+		Wait time.Duration
+	}
+	Policy struct {
+		// Load says which units may load a name from the credentials socket:
+		// names, or prefixes that end in '*', and units with wildcards. What no
+		// pattern matches, any unit may load.
+		Load map[string][]string
+		// Deny is set where something in policy was not understood. Then nobody
+		// is given anything over that socket.
+		Deny bool
+	}
+	Consumers struct {
+		// Compare tells what a consumer has by reading it, and not by the clock.
+		Compare bool
+	}
+	Previous struct {
+		// TTL is how long the values that a set replaced are kept for rollback;
+		// 0 is until the next set.
+		TTL time.Duration
+	}
 }
+
+// A CredentialConfig is what the configuration says of one credential.
+type CredentialConfig struct {
+	// OnChange is how its consumers are refreshed where the call does not say.
+	OnChange string
+	// RestartUnits and ReloadUnits are refreshed as well, though they may not
+	// load it.
+	RestartUnits, ReloadUnits []string
+}
+
+// DefaultNever are the units whose end would take somebody's session, or the
+// system, with it.
+var DefaultNever = []string{"systemd-*", "*getty@*", "user@*", "sshd*@*", "dbus*"}
+
+// maxSeconds bounds a time in the configuration, to a year.
+const maxSeconds = 366 * 24 * 60 * 60
 
 // SMBIOSRead is the key smbios.read.
 type SMBIOSRead string
@@ -83,8 +132,7 @@ func ReadConfig(path string) (Config, []ConfigFault, error) {
 		return cfg, faults, nil
 	}
 	if err != nil {
-		cfg, _ := ParseConfig(nil)
-		return cfg, nil, err
+		return unreadable(), nil, err
 	}
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, maxConfigSize+1))
@@ -92,17 +140,25 @@ func ReadConfig(path string) (Config, []ConfigFault, error) {
 		err = fmt.Errorf("reading %s: more than %d bytes", path, maxConfigSize)
 	}
 	if err != nil {
-		cfg, _ := ParseConfig(nil)
-		return cfg, nil, err
+		return unreadable(), nil, err
 	}
 	cfg, faults := ParseConfig(b)
 	return cfg, faults, nil
 }
 
+// unreadable is the configuration of a guest whose file cannot be understood:
+// the defaults, but nobody is given anything that a policy might keep from him.
+func unreadable() Config {
+	cfg, _ := ParseConfig(nil)
+	cfg.Policy.Deny = true
+	return cfg
+}
+
 // ParseConfig parses the configuration. Empty input is an empty configuration.
 func ParseConfig(b []byte) (Config, []ConfigFault) {
-	cfg := Config{}
+	cfg := Config{Credentials: map[string]CredentialConfig{}}
 	cfg.SMBIOS.Read, cfg.Peer.PrivilegedPort = ReadAuto, vsockrpc.PortRequired
+	cfg.Refresh.Never = DefaultNever
 	if len(bytes.TrimSpace(b)) == 0 {
 		return cfg, nil
 	}
@@ -112,11 +168,29 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 		if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
 			offset = syntax.Offset
 		}
-		return cfg, []ConfigFault{{Line: lineOf(b, offset), Problem: "not JSON, so that nothing in the file applies: " + err.Error()}}
+		return unreadable(), []ConfigFault{{Line: lineOf(b, offset), Problem: "not JSON, so that nothing in the file applies: " + err.Error()}}
 	}
 	p := configParser{b: b, dec: json.NewDecoder(bytes.NewReader(b))}
 	p.dec.UseNumber()
 	p.object("", map[string]func(string){
+		"consumers": func(key string) {
+			p.object(key, map[string]func(string){
+				"compare": func(key string) { p.bool(key, &cfg.Consumers.Compare) },
+			})
+		},
+		"credentials": func(key string) {
+			p.entries(key, credential.CheckName, func(key, name string) {
+				var c CredentialConfig
+				p.object(key, map[string]func(string){
+					"onChange": func(key string) {
+						p.choice(key, &c.OnChange, vsockrpc.RefreshNone, vsockrpc.RefreshAuto, vsockrpc.RefreshReload, vsockrpc.RefreshRestart)
+					},
+					"reloadUnits":  func(key string) { p.strings(key, &c.ReloadUnits) },
+					"restartUnits": func(key string) { p.strings(key, &c.RestartUnits) },
+				})
+				cfg.Credentials[name] = c
+			})
+		},
 		"names": func(key string) {
 			p.object(key, map[string]func(string){
 				"allow": func(key string) { p.strings(key, &cfg.Names.Allow) },
@@ -131,11 +205,40 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 			})
 			cfg.Peer.Deny = len(p.faults) > before
 		},
+		"policy": func(key string) {
+			before := len(p.faults)
+			p.object(key, map[string]func(string){
+				"load": func(key string) {
+					cfg.Policy.Load = map[string][]string{}
+					p.entries(key, checkPattern, func(key, pattern string) {
+						units := []string{} // an empty list lets nobody
+						p.strings(key, &units)
+						cfg.Policy.Load[pattern] = units
+					})
+				},
+			})
+			cfg.Policy.Deny = len(p.faults) > before
+		},
+		"previous": func(key string) {
+			p.object(key, map[string]func(string){
+				"ttl": func(key string) { p.seconds(key, &cfg.Previous.TTL) },
+			})
+		},
+		"refresh": func(key string) {
+			p.object(key, map[string]func(string){
+				"never": func(key string) { p.strings(key, &cfg.Refresh.Never) },
+			})
+		},
 		"smbios": func(key string) {
 			p.object(key, map[string]func(string){
 				"read": func(key string) {
 					p.choice(key, (*string)(&cfg.SMBIOS.Read), string(ReadAuto), string(ReadAlways), string(ReadNever))
 				},
+			})
+		},
+		"socket": func(key string) {
+			p.object(key, map[string]func(string){
+				"wait": func(key string) { p.seconds(key, &cfg.Socket.Wait) },
 			})
 		},
 	})
@@ -166,6 +269,17 @@ func (p *configParser) fault(key, format string, a ...any) {
 // object reads an object whose keys are those of known, each with the function
 // that reads its value.
 func (p *configParser) object(key string, known map[string]func(string)) {
+	check := func(name string) error {
+		if _, ok := known[name]; !ok {
+			return fmt.Errorf("unknown; known here: %s", strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+		}
+		return nil
+	}
+	p.entries(key, check, func(path, name string) { known[name](path) })
+}
+
+// entries reads an object with read, key by key, but those that do not pass check.
+func (p *configParser) entries(key string, check func(name string) error, read func(path, name string)) {
 	t := p.next()
 	if t != json.Delim('{') {
 		p.fault(key, "want an object, have %s", kind(t))
@@ -176,25 +290,57 @@ func (p *configParser) object(key string, known map[string]func(string)) {
 	for p.dec.More() {
 		name, _ := p.next().(string)
 		path := strings.TrimPrefix(key+"."+name, ".")
-		read, ok := known[name]
+		err := check(name)
 		switch {
-		case !ok:
-			names := make([]string, 0, len(known))
-			for k := range known {
-				names = append(names, k)
-			}
-			slices.Sort(names)
-			p.fault(path, "unknown; known here: %s", strings.Join(names, ", "))
+		case err != nil:
+			p.fault(path, "%v", err)
 			p.skip(p.next())
 		case seen[name]:
 			p.fault(path, "stands twice; the first one holds")
 			p.skip(p.next())
 		default:
 			seen[name] = true
-			read(path)
+			read(path, name)
 		}
 	}
 	p.next() // the closing brace
+}
+
+// bool reads true or false.
+func (p *configParser) bool(key string, to *bool) {
+	t := p.next()
+	b, ok := t.(bool)
+	if !ok {
+		p.fault(key, "want true or false, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	*to = b
+}
+
+// seconds reads a time in whole seconds.
+func (p *configParser) seconds(key string, to *time.Duration) {
+	t := p.next()
+	number, ok := t.(json.Number)
+	if !ok {
+		p.fault(key, "want a number of seconds, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	n, err := number.Int64()
+	if err != nil || n < 0 || n > maxSeconds {
+		p.fault(key, "want whole seconds from 0 to %d", maxSeconds)
+		return
+	}
+	*to = time.Duration(n) * time.Second
+}
+
+// checkPattern checks a credential's name that may end in '*'.
+func checkPattern(pattern string) error {
+	if pattern == "*" {
+		return nil
+	}
+	return credential.CheckName(strings.TrimSuffix(pattern, "*"))
 }
 
 // choice reads a string that is one of values.

@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/guestagent/guestagent/vsockrpc"
 )
@@ -31,7 +33,7 @@ func TestParseConfig(t *testing.T) {
 		{`{"smbios": "read"}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a string`}},
 		// Unknown keys cost nothing but themselves, whatever they hold.
 		{"{\n\"smbois\": {\"a\": [1, {\"b\": {}}, []]},\n\"smbios\": {\"Read\": \"never\", \"read\": \"always\"}}", ReadAlways, []string{
-			`line 2: key "smbois": unknown; known here: names, peer, smbios`, `line 3: key "smbios.Read": unknown; known here: read`,
+			`line 2: key "smbois": unknown; known here: consumers, credentials, names, peer, policy, previous, refresh, smbios, socket`, `line 3: key "smbios.Read": unknown; known here: read`,
 		}},
 		{"{\"smbios\": {\"read\": \"never\"},\n\"smbios\": {\"read\": \"always\"}}", ReadNever, []string{`line 2: key "smbios": stands twice; the first one holds`}},
 		{`{"smbios": {"read": "never", "read": "always"}}`, ReadNever, []string{`line 1: key "smbios.read": stands twice; the first one holds`}},
@@ -79,13 +81,69 @@ func TestParseConfigPeerAndNames(t *testing.T) {
 	}
 }
 
+func TestParseConfigRefresh(t *testing.T) {
+	cfg, faults := ParseConfig([]byte(`{
+		"credentials": {"db": {"onChange": "auto", "restartUnits": ["a.service"], "reloadUnits": ["b.service", "c.service"]}, "x y": {}},
+		"refresh": {"never": []}, "socket": {"wait": 60}, "consumers": {"compare": true}, "previous": {"ttl": 3600},
+		"policy": {"load": {"db*": ["web.service", "worker@*.service"], "*": []}}}`))
+	if len(faults) != 0 {
+		t.Fatalf("faults: %v", faults)
+	}
+	want := CredentialConfig{OnChange: "auto", RestartUnits: []string{"a.service"}, ReloadUnits: []string{"b.service", "c.service"}}
+	if got := cfg.Credentials["db"]; !reflect.DeepEqual(got, want) || len(cfg.Credentials) != 2 {
+		t.Errorf("credentials = %+v", cfg.Credentials)
+	}
+	if len(cfg.Refresh.Never) != 0 || cfg.Socket.Wait != time.Minute || !cfg.Consumers.Compare || cfg.Previous.TTL != time.Hour || cfg.Policy.Deny {
+		t.Errorf("ParseConfig = %+v", cfg)
+	}
+	for unit, want := range map[string]bool{"web.service": true, "worker@1.service": true, "other.service": false, "worker@1.socket": false} {
+		if got := cfg.mayLoad(unit, "db-password") == nil; got != want {
+			t.Errorf("mayLoad(%q, db-password) = %v, want %v", unit, got, want)
+		}
+	}
+	if cfg.mayLoad("web.service", "other") == nil {
+		t.Error("a pattern without units lets somebody load")
+	}
+	cfg.Policy.Load = map[string][]string{"db": {"web.service"}}
+	if cfg.mayLoad("any.service", "other") != nil || cfg.mayLoad("any.service", "db") == nil {
+		t.Error("mayLoad restricts what no pattern matches, or does not what one does")
+	}
+}
+
+// What cannot be understood in policy may have been meant to keep somebody out.
+func TestParseConfigPolicyFault(t *testing.T) {
+	for _, tt := range []struct {
+		in     string
+		deny   bool
+		faults int
+	}{
+		{`{}`, false, 0},
+		{`{"policy": {}}`, false, 0},
+		{`{"policy": {"load": {"a": "web.service"}}}`, true, 1},
+		{`{"policy": {"load": {"a/b": []}}}`, true, 1},
+		{`{"policy": {"Load": {}}}`, true, 1},
+		{`{"policy": []}`, true, 1},
+		{`{"policy": {"load": {"a": []}`, true, 1},
+		{`{"socket": {"wait": "60"}, "previous": {"ttl": -1}, "consumers": {"compare": 1}, "credentials": {"a:b": {}, "c": {"onChange": "perhaps"}}}`, false, 5},
+		{`{"socket": {"wait": 1.5}}`, false, 1},
+	} {
+		cfg, faults := ParseConfig([]byte(tt.in))
+		if cfg.Policy.Deny != tt.deny || len(faults) != tt.faults {
+			t.Errorf("ParseConfig(%q): deny = %v, faults %v, want %v and %d", tt.in, cfg.Policy.Deny, faults, tt.deny, tt.faults)
+		}
+		if err := cfg.mayLoad("web.service", "b"); (err != nil) != tt.deny {
+			t.Errorf("mayLoad with %q = %v", tt.in, err)
+		}
+	}
+}
+
 func TestReadConfig(t *testing.T) {
 	dir := t.TempDir()
 	if cfg, faults, err := ReadConfig(filepath.Join(dir, "missing")); err != nil || len(faults) != 0 || cfg.SMBIOS.Read != ReadAuto {
 		t.Errorf("ReadConfig of a missing file = %+v, %v, %v", cfg, faults, err)
 	}
-	if _, _, err := ReadConfig(dir); err == nil {
-		t.Error("ReadConfig of a folder succeeded")
+	if cfg, _, err := ReadConfig(dir); err == nil || !cfg.Policy.Deny {
+		t.Errorf("ReadConfig of a folder = %v, or it lets everybody load", err)
 	}
 	large := filepath.Join(dir, "large")
 	if err := os.WriteFile(large, []byte(strings.Repeat(" ", maxConfigSize+1)), 0o600); err != nil {

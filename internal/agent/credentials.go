@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -19,23 +21,27 @@ const maxRefusals = 1024
 
 // credentials serves io.guestagent.Credentials. Each call opens the store for
 // itself, so that one writer goes after the other whoever they are, and nothing
-// is held between calls.
+// is held between calls, nor while units are waited for.
 type credentials struct {
 	a      *Agent
 	cfg    Config
+	log    *slog.Logger
+	work   *work
+	hand   *handout     // nil where there is no credentials socket
 	giving *atomic.Bool // memory is about to be given back
 }
 
-// credentialsInterface is io.guestagent.Credentials, ready to be served.
-func (a *Agent) credentialsInterface(cfg Config) vsockrpc.Interface {
-	c := credentials{a: a, cfg: cfg, giving: new(atomic.Bool)}
+// iface is io.guestagent.Credentials, ready to be served.
+func (c credentials) iface() vsockrpc.Interface {
 	return vsockrpc.Interface{
 		Name:        vsockrpc.CredentialsInterface,
 		Description: vsockrpc.CredentialsDescription,
 		Methods: map[string]vsockrpc.Handler{
 			"Apply":    c.apply,
 			"List":     c.list,
+			"Refresh":  c.refresh,
 			"Remove":   c.remove,
+			"Retry":    c.retry,
 			"Rollback": c.rollback,
 		},
 	}
@@ -49,7 +55,7 @@ func source(p vsockrpc.Peer) credential.Source {
 	return credential.SourcePush
 }
 
-func (c credentials) apply(_ context.Context, call *vsockrpc.Call) error {
+func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 	var p vsockrpc.ApplyParams
 	if err := call.Decode(&p); err != nil {
 		return withSource(err, source(call.Peer))
@@ -62,17 +68,44 @@ func (c credentials) apply(_ context.Context, call *vsockrpc.Call) error {
 			Name: cred.Name, Revision: cred.Revision, Value: cred.Value, AllowShadowed: cred.AllowShadowed,
 		})
 	}
-	var prune *string
-	if p.Prune {
-		prune = &p.PrunePrefix
+	if refusals := c.denied(set); len(refusals) > 0 {
+		return &vsockrpc.RefusedError{Refusals: refusals}
 	}
-	res, err := c.change(set, prune, p.ExpectedGeneration, p.DryRun)
-	if err != nil {
-		return err
+	apply := func(tx *credstore.Tx, do func(credstore.Set) (credstore.Result, error), note []byte) (credstore.Result, error) {
+		set := set
+		set.Trial = note
+		if p.Prune {
+			set.Remove = append(slices.Clone(set.Remove), pruned(tx, set, p.PrunePrefix)...)
+		}
+		return do(set)
 	}
-	return call.Reply(&vsockrpc.ApplyResult{
-		Generation: generation(res.Generation), Installed: res.Installed, Relabelled: res.Relabelled, Removed: res.Removed, Unchanged: res.Unchanged,
+	if p.DryRun {
+		tx, err := c.a.store().View()
+		if err != nil {
+			return err
+		}
+		defer tx.Close()
+		if err := expect(tx, p.ExpectedGeneration); err != nil {
+			return err
+		}
+		res, err := apply(tx, tx.DryRun, nil)
+		if err != nil {
+			return wireError(err)
+		}
+		return call.Reply(applyReply(res, nil, nil))
+	}
+	return c.carryOut(ctx, call, change{
+		names: setNames(set), expected: p.ExpectedGeneration, mode: p.Refresh, gate: p.Gate,
+		apply: func(tx *credstore.Tx, note []byte) (credstore.Result, error) { return apply(tx, tx.Apply, note) },
+		reply: applyReply,
 	})
+}
+
+func applyReply(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
+	return &vsockrpc.ApplyResult{
+		Generation: generation(res.Generation), Installed: res.Installed, Relabelled: res.Relabelled, Removed: res.Removed, Unchanged: res.Unchanged,
+		Units: units, Progress: p,
+	}
 }
 
 const (
@@ -97,40 +130,39 @@ func (c credentials) giveBack(set []vsockrpc.Credential) {
 	}
 }
 
-func (c credentials) remove(_ context.Context, call *vsockrpc.Call) error {
+func (c credentials) remove(ctx context.Context, call *vsockrpc.Call) error {
 	var p vsockrpc.RemoveParams
 	if err := call.Decode(&p); err != nil {
 		return err
 	}
-	res, err := c.change(credstore.Set{Source: source(call.Peer), Remove: p.Names, Forget: p.Forget}, nil, p.ExpectedGeneration, false)
-	if err != nil {
-		return err
-	}
-	return call.Reply(&vsockrpc.RemoveResult{Generation: generation(res.Generation), Removed: res.Removed, Unchanged: res.Unchanged})
+	return c.carryOut(ctx, call, change{
+		names: p.Names, expected: p.ExpectedGeneration, mode: p.Refresh,
+		apply: func(tx *credstore.Tx, _ []byte) (credstore.Result, error) {
+			return tx.Apply(credstore.Set{Source: source(call.Peer), Remove: p.Names, Forget: p.Forget})
+		},
+		reply: func(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
+			return &vsockrpc.RemoveResult{Generation: generation(res.Generation), Removed: res.Removed, Unchanged: res.Unchanged, Units: units, Progress: p}
+		},
+	})
 }
 
-func (c credentials) rollback(_ context.Context, call *vsockrpc.Call) error {
+func (c credentials) rollback(ctx context.Context, call *vsockrpc.Call) error {
 	var p vsockrpc.RollbackParams
 	if err := call.Decode(&p); err != nil {
 		return err
 	}
-	tx, err := c.a.store().Begin()
-	if err != nil {
-		return err
-	}
-	defer tx.Close()
-	if err := expect(tx, p.ExpectedGeneration); err != nil {
-		return err
-	}
-	res, err := tx.Rollback()
-	if err != nil {
-		return wireError(err)
-	}
-	return call.Reply(&vsockrpc.RollbackResult{Generation: generation(res.Generation), Installed: res.Installed, Removed: res.Removed})
+	return c.carryOut(ctx, call, change{
+		expected: p.ExpectedGeneration, mode: p.Refresh,
+		apply: func(tx *credstore.Tx, _ []byte) (credstore.Result, error) { return tx.Rollback() },
+		reply: func(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
+			return &vsockrpc.RollbackResult{Generation: generation(res.Generation), Installed: res.Installed, Removed: res.Removed, Units: units, Progress: p}
+		},
+	})
 }
 
-func (c credentials) list(_ context.Context, call *vsockrpc.Call) error {
-	if err := call.Decode(&vsockrpc.ListParams{}); err != nil {
+func (c credentials) list(ctx context.Context, call *vsockrpc.Call) error {
+	var p vsockrpc.ListParams
+	if err := call.Decode(&p); err != nil {
 		return err
 	}
 	r, err := c.a.Status()
@@ -145,38 +177,40 @@ func (c credentials) list(_ context.Context, call *vsockrpc.Call) error {
 		}
 		res.Entries = append(res.Entries, entry)
 	}
+	if err := c.trials(&res); err != nil {
+		return err
+	}
+	if p.Consumers {
+		c.flush()
+		if err := c.a.consumers(ctx, c.cfg, res.Entries); err != nil {
+			res.ConsumersProblem = err.Error()
+		}
+		if c.hand != nil {
+			for _, w := range c.hand.server.Waiting() {
+				res.Waiting = append(res.Waiting, vsockrpc.Waiting{Unit: w.Unit, Name: w.Name, Since: w.Since.UTC().Format(time.RFC3339Nano)})
+			}
+		}
+	}
 	return call.Reply(&res)
 }
 
-// change applies a set, or says what would come of it.
-func (c credentials) change(set credstore.Set, prune *string, expected *int64, dryRun bool) (credstore.Result, error) {
-	open := c.a.store().Begin
-	if dryRun {
-		open = c.a.store().View
-	}
-	tx, err := open()
+// trials adds what is on trial, and what was rejected.
+func (c credentials) trials(res *vsockrpc.ListResult) error {
+	tx, err := c.a.store().View()
 	if err != nil {
-		return credstore.Result{}, err
+		return err
 	}
 	defer tx.Close()
-	if err := expect(tx, expected); err != nil {
-		return credstore.Result{}, err
+	if tx.Trial() != nil {
+		g := generation(tx.Generation())
+		res.Gate = &g
 	}
-	if refusals := c.denied(set); len(refusals) > 0 {
-		return credstore.Result{}, &vsockrpc.RefusedError{Refusals: refusals}
+	if r, ok := tx.Rejected(); ok {
+		res.Rejected = []vsockrpc.Rejected{{
+			Generation: generation(r.Generation), At: r.At.Format(time.RFC3339Nano), Names: r.Names, Problem: r.Problem,
+		}}
 	}
-	if prune != nil {
-		set.Remove = append(set.Remove, pruned(tx, set, *prune)...)
-	}
-	do := tx.Apply
-	if dryRun {
-		do = tx.DryRun
-	}
-	res, err := do(set)
-	if err != nil {
-		return credstore.Result{}, wireError(err)
-	}
-	return res, nil
+	return nil
 }
 
 // denied refuses the names that systemd itself acts on, to everybody but root

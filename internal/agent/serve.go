@@ -14,10 +14,12 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/guestagent/guestagent/credsocket"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -39,7 +41,19 @@ const (
 type Serving struct {
 	// Listeners are taken over, and closed.
 	Listeners []net.Listener
-	// Idle is how long nobody calls before Serve returns; 0 is for ever.
+	// Credentials is the listening credentials socket, nil for none. Restored
+	// are connections of units that waited on it when an agent before this one
+	// ended, Store is where such connections are kept; nil for nowhere. They are
+	// taken over.
+	Credentials *os.File
+	Restored    []*os.File
+	Store       credsocket.FDStore
+	// Keeps says, when the agent is told to end, whether Store outlives it. If
+	// not, or if it is nil, units that wait are failed: their connections would
+	// end, and hand them an empty credential.
+	Keeps func() bool
+	// Idle is how long nobody calls before Serve returns; 0 is for ever. While
+	// units wait or are refreshed or watched, it does not.
 	Idle time.Duration
 	// Log gets what happens. It must not be nil.
 	Log *slog.Logger
@@ -47,26 +61,59 @@ type Serving struct {
 	Ready func()
 }
 
-// Serve answers the host and root in the guest, until ctx ends, nobody calls
-// for a while, or a listener fails for good. Calls in flight are finished. Who
-// may call is decided from what the kernel says of the peer.
+// Serve answers the host and root in the guest, and hands credentials to units,
+// until ctx ends, nobody needs it for a while, or a listener fails for good.
+// Calls in flight are finished; what goes on in the guest because of them is
+// left to the next start. Who may call is decided from what the kernel says of
+// the peer.
 func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	r := &Report{}
 	cfg := a.config(r)
 	for _, n := range r.Reasons {
 		s.Log.Warn("a part of the configuration does not apply", slog.String("code", string(n.Code)), slog.String("detail", n.Detail))
 	}
-	policy := vsockrpc.Policy{PrivilegedPort: cfg.Peer.PrivilegedPort}
+	pending, err := a.pendingTrial()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+
+	busy := &activity{}
+	workCtx, stopWork := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWork()
+	c := credentials{a: a, cfg: cfg, log: s.Log, work: &work{ctx: workCtx, busy: busy}, giving: new(atomic.Bool)}
+	var loading sync.WaitGroup
+	stopLoading := func() {}
+	if s.Credentials != nil {
+		defer s.Credentials.Close()
+		hand, err := a.newHandout(cfg, s.Log)
+		if err != nil {
+			return fmt.Errorf("serving credentials to units: %w", err)
+		}
+		defer hand.close()
+		c.hand = hand
+		hand.server.Store, hand.server.Busy = s.Store, busy.setWaiting
+		loadCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+		stopLoading = stop
+		loading.Go(func() {
+			if err := hand.server.Serve(loadCtx, s.Credentials, s.Restored); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	if pending != nil {
+		c.resume(pending)
+	}
+	c.watchStore()
+
 	server := &vsockrpc.Server{
 		Vendor: "guestagent", Product: "guestagent", Version: a.Version, URL: "https://github.com/guestagent/guestagent",
-		Interfaces:    []vsockrpc.Interface{a.credentialsInterface(cfg)},
-		Authorize:     authorize(policy),
+		Interfaces:    []vsockrpc.Interface{c.iface()},
+		Authorize:     authorize(vsockrpc.Policy{PrivilegedPort: cfg.Peer.PrivilegedPort}),
 		AuthorizeCall: authorizeCall(cfg),
 		Log:           s.Log,
 	}
-
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, l := range s.Listeners {
 		if l.Addr().Network() == "vsock" {
@@ -83,24 +130,53 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	if s.Ready != nil {
 		s.Ready()
 	}
-	var err error
-	if s.Idle > 0 {
-		err = server.WaitIdle(ctx, s.Idle)
-	} else {
-		<-ctx.Done()
-		err = ctx.Err()
-	}
+	err = waitIdle(ctx, server, busy, s.Idle)
 	if err != nil {
 		err = context.Cause(ctx)
 	}
+
+	if c.hand != nil && len(c.hand.server.Waiting()) > 0 && (s.Keeps == nil || !s.Keeps()) {
+		c.hand.server.FailWaiting()
+	}
+	stopLoading()
+	stopWork()
 	stop, done := context.WithTimeout(context.WithoutCancel(ctx), shutdownWait)
 	defer done()
 	shutdownErr := server.Shutdown(stop)
 	wg.Wait()
+	c.work.wg.Wait()
+	loading.Wait()
 	if errors.Is(err, context.Canceled) {
 		err = nil // told to end
 	}
 	return errors.Join(err, shutdownErr)
+}
+
+// waitIdle returns nil when nobody has called for as long as idle says, and
+// there is nothing else to stay for; or ctx's error. An idle of 0 is for ever.
+func waitIdle(ctx context.Context, server *vsockrpc.Server, busy *activity, idle time.Duration) error {
+	if idle == 0 {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	for {
+		if err := server.WaitIdle(ctx, idle); err != nil {
+			return err
+		}
+		if waited, err := busy.wait(ctx); err != nil || !waited {
+			return err
+		}
+	}
+}
+
+// resume goes on with a trial that an agent before this one began.
+func (c credentials) resume(t *trial) {
+	c.log.Info("going on with a gate", slog.Uint64("generation", t.Generation), slog.String("phase", string(t.Phase)))
+	c.work.run(func(ctx context.Context) {
+		if _, err := t.run(ctx, c.a, c.cfg, c.log, func(vsockrpc.Progress) {}); err != nil && ctx.Err() == nil && !isRolledBack(err) {
+			c.log.Error("a gate ended with an error", slog.Uint64("generation", t.Generation), slog.String("error", err.Error()))
+		}
+	})
 }
 
 // authorize decides over peers. Whoever runs the agent may call it locally,
@@ -136,16 +212,29 @@ func (a *Agent) ServeActivated(ctx context.Context, idle time.Duration, log *slo
 	if err != nil {
 		return err
 	}
+	s := Serving{Log: log, Idle: cmp.Or(idle, DefaultIdle)}
+	if store, ok := credsocket.SystemdStore(); ok {
+		s.Store, s.Keeps = store, func() bool { return a.storeKept(context.WithoutCancel(ctx), log) }
+	}
 	for _, f := range rest {
+		if credsocket.IsStored(f.Name()) {
+			s.Restored = append(s.Restored, f)
+			continue
+		}
 		_ = f.Close() // nothing that this version knows
 	}
-	s := Serving{Log: log, Idle: cmp.Or(idle, DefaultIdle)}
 	for _, l := range named {
-		s.Listeners = append(s.Listeners, l.Listener)
+		if l.Name != fdCredentials {
+			s.Listeners = append(s.Listeners, l.Listener)
+			continue
+		}
+		if s.Credentials, err = listenerFile(l.Listener); err != nil {
+			return err
+		}
 	}
 	if len(named) == 0 {
 		s.Idle = 0
-		if s.Listeners, err = a.listen(ctx, log); err != nil {
+		if err := a.listen(ctx, &s); err != nil {
 			return err
 		}
 	}
@@ -187,9 +276,60 @@ func stayLean() {
 	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
 }
 
+// fdCredentials is FileDescriptorName= of guestagent-credentials.socket.
+const fdCredentials = "credentials"
+
+// listenerFile is the socket of a listener, which is closed.
+func listenerFile(l net.Listener) (*os.File, error) {
+	defer l.Close()
+	unix, ok := l.(*net.UnixListener)
+	if !ok {
+		return nil, fmt.Errorf("taking over the socket %s: it is no Unix socket", fdCredentials)
+	}
+	unix.SetUnlinkOnClose(false)
+	return unix.File()
+}
+
+// storeKept reports whether connections in the service manager's store outlive
+// this process, which has been told to end: a restart keeps them on every
+// version of systemd, a stop where FileDescriptorStorePreserve= says so (254).
+// What cannot be told is no.
+func (a *Agent) storeKept(ctx context.Context, log *slog.Logger) bool {
+	ctx, cancel := context.WithTimeout(ctx, pid1Timeout)
+	defer cancel()
+	bus, err := a.pid1(ctx)
+	if err != nil {
+		log.Warn("asking systemd what becomes of the units that wait failed, and so they fail", slog.String("error", err.Error()))
+		return false
+	}
+	defer bus.Close()
+	_, job, preserve, err := bus.Own(ctx)
+	if err != nil {
+		log.Warn("asking systemd what becomes of the units that wait failed, and so they fail", slog.String("error", err.Error()))
+		return false
+	}
+	return preserve || job == "restart"
+}
+
 // listen opens the sockets that the units open otherwise.
-func (a *Agent) listen(ctx context.Context, log *slog.Logger) ([]net.Listener, error) {
-	path := a.path(pathLocalSocket)
+func (a *Agent) listen(ctx context.Context, s *Serving) error {
+	local, err := listenUnix(ctx, a.path(pathLocalSocket))
+	if err != nil {
+		return err
+	}
+	credentials, err := listenUnix(ctx, a.path(pathCredentialsSocket))
+	if err != nil {
+		return errors.Join(err, local.Close())
+	}
+	if s.Credentials, err = listenerFile(credentials); err != nil {
+		return errors.Join(err, local.Close())
+	}
+	s.Listeners = []net.Listener{local, newLateVsock(ctx, s.Log)}
+	return nil
+}
+
+// listenUnix listens at path for this user alone.
+func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // others look there, too
 		return nil, err
 	}
@@ -197,14 +337,14 @@ func (a *Agent) listen(ctx context.Context, log *slog.Logger) ([]net.Listener, e
 		return nil, err
 	}
 	var lc net.ListenConfig
-	local, err := lc.Listen(ctx, "unix", path)
+	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, err
 	}
 	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(err, local.Close())
+		return nil, errors.Join(err, l.Close())
 	}
-	return []net.Listener{local, newLateVsock(ctx, log)}, nil
+	return l, nil
 }
 
 // A lateVsock listens on vsock as soon as the kernel has it, so that root in

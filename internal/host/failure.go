@@ -3,6 +3,7 @@ package host
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -14,6 +15,7 @@ const (
 	StatusDone        = 0
 	StatusFailed      = 1 // or refused
 	StatusUnreachable = 4
+	StatusRolledBack  = 5 // by a gate
 )
 
 // A Code says in one word what went wrong with a guest. The words are part of
@@ -31,6 +33,11 @@ const (
 	CodeRefused            Code = "refused"            // refusals say which credentials, and why
 	CodeGenerationMismatch Code = "generationMismatch" // another generation is in force than the expected one
 	CodeNoPrevious         Code = "noPrevious"         // nothing is kept to roll back to
+	CodeRolledBack         Code = "rolledBack"         // a unit did not stand the gate, the values before are in force again
+	CodeRefreshFailed      Code = "refreshFailed"      // what was asked for is in force, but not every unit was refreshed
+	CodeGateInProgress     Code = "gateInProgress"     // another set is on trial
+	CodeNothingRejected    Code = "nothingRejected"    // no set was rolled back by a gate
+	CodeNoSystemd          Code = "noSystemd"          // a refresh was asked for, and systemd cannot be reached
 	CodeAnswered           Code = "error"              // the agent answered with another error
 	CodeBadAnswer          Code = "badAnswer"          // the answer makes no sense
 	CodeInterrupted        Code = "interrupted"        // somebody stopped this program
@@ -45,8 +52,14 @@ type Failure struct {
 	Message string `json:"message"`
 	// Refusals go with CodeRefused. They are the guest's words as they came.
 	Refusals []credential.Refusal `json:"refusals,omitzero"`
-	// Generation is the one in force, with CodeGenerationMismatch.
+	// Generation is the one in force, with CodeGenerationMismatch, and the one
+	// on trial, with CodeGateInProgress.
 	Generation *int64 `json:"generation,omitzero"`
+	// Problem goes with CodeRolledBack and CodeNoSystemd. It is the guest's
+	// words as they came.
+	Problem string `json:"problem,omitzero"`
+	// Restored says, with CodeRolledBack, whether every unit came back.
+	Restored *bool `json:"restored,omitzero"`
 }
 
 var _ error = (*Failure)(nil)
@@ -58,6 +71,8 @@ func (f *Failure) Status() int {
 	switch f.Code {
 	case CodeNoSocket, CodeNoListener, CodeNotVsockMux, CodePeerRefused, CodeNoAnswer:
 		return StatusUnreachable
+	case CodeRolledBack:
+		return StatusRolledBack
 	}
 	return StatusFailed
 }
@@ -79,13 +94,32 @@ func Status(err error) int {
 // maxDetail bounds what a message quotes of a guest, in bytes.
 const maxDetail = 400
 
+// A fate is what is known of a call that was not answered.
+type fate int
+
+const (
+	fateUntouched fate = iota // nothing was changed
+	fateUnknown               // the guest may have done what it was asked for
+	fateBegun                 // the guest said that it had begun
+)
+
+// hint says what to do about it.
+func (f fate) hint() string {
+	switch f {
+	case fateUnknown:
+		return "; whether it was done is unknown: `guestctl list` tells"
+	case fateBegun:
+		return "; it was begun, and how it ended is unknown: `guestctl list` tells"
+	}
+	return ""
+}
+
 // failure is the one place where an error of vsockrpc becomes a Failure.
-// Unknown says that the guest may have done what it was asked for, interrupted
-// that this program was stopped.
-func failure(err error, unknown, interrupted bool) *Failure {
+// Interrupted says that this program was stopped.
+func failure(err error, fate fate, interrupted bool) *Failure {
 	text := vsockrpc.Escape(err.Error(), 4*maxDetail)
 	if e, ok := errors.AsType[*vsockrpc.ConnectError](err); ok {
-		return connectFailure(e, unknown)
+		return connectFailure(e, fate)
 	}
 	if e, ok := errors.AsType[*vsockrpc.RefusedError](err); ok {
 		f := &Failure{Code: CodeRefused, Refusals: e.Refusals, Message: fmt.Sprintf("%d credentials were refused; nothing was changed", len(e.Refusals))}
@@ -103,24 +137,84 @@ func failure(err error, unknown, interrupted bool) *Failure {
 	if _, ok := errors.AsType[*vsockrpc.NoPreviousError](err); ok {
 		return &Failure{Code: CodeNoPrevious, Message: text + "; push the values that should be in force"}
 	}
+	if f := refreshAnswer(err); f != nil {
+		return f
+	}
 	if e, ok := errors.AsType[*vsockrpc.Error](err); ok {
 		return &Failure{Code: CodeAnswered, Message: answered(e)}
 	}
-	hint := ""
-	if unknown {
-		hint = "; whether it was done is unknown: `guestctl list` tells"
-	}
 	switch {
 	case errors.Is(err, vsockrpc.ErrProtocol):
-		return &Failure{Code: CodeBadAnswer, Message: text + hint}
+		return &Failure{Code: CodeBadAnswer, Message: text + fate.hint()}
 	case interrupted:
-		return &Failure{Code: CodeInterrupted, Message: "interrupted" + hint}
+		return &Failure{Code: CodeInterrupted, Message: "interrupted" + fate.hint()}
 	}
-	return &Failure{Code: CodeInternal, Message: text + hint}
+	return &Failure{Code: CodeInternal, Message: text + fate.hint()}
+}
+
+// refreshAnswer is failure for the errors that refreshing brings; nil for any
+// other.
+func refreshAnswer(err error) *Failure {
+	if e, ok := errors.AsType[*vsockrpc.RolledBackError](err); ok {
+		f := &Failure{Code: CodeRolledBack, Generation: &e.Generation, Problem: e.Problem, Restored: &e.Restored}
+		f.Message = fmt.Sprintf("rolled back: %s; the values before are in force again, as generation %d", vsockrpc.Escape(e.Problem, maxDetail), e.Generation)
+		if !e.Restored {
+			f.Message += ", but not every unit came back: `guestctl list` tells which"
+		}
+		f.Message += "; change the value, or `guestctl retry` tries the same once more"
+		return f
+	}
+	if e, ok := errors.AsType[*vsockrpc.GateInProgressError](err); ok {
+		return &Failure{
+			Code: CodeGateInProgress, Generation: &e.Generation,
+			Message: fmt.Sprintf("generation %d is on trial; nothing was changed: try again when its gate is through", e.Generation),
+		}
+	}
+	if _, ok := errors.AsType[*vsockrpc.NothingRejectedError](err); ok {
+		return &Failure{Code: CodeNothingRejected, Message: "there is nothing to retry: no set was rolled back by a gate, or its names were changed since"}
+	}
+	if e, ok := errors.AsType[*vsockrpc.NoSystemdError](err); ok {
+		return &Failure{
+			Code: CodeNoSystemd, Problem: e.Problem,
+			Message: "the guest's systemd cannot be reached: " + vsockrpc.Escape(e.Problem, maxDetail) + "; nothing was changed: --refresh none changes the values alone",
+		}
+	}
+	return nil
+}
+
+// Refreshed reports whether a unit runs on what is in force as far as it was
+// asked to: it was refreshed, or passed over for a reason.
+func Refreshed(u vsockrpc.Refreshed) bool {
+	return u.Result == vsockrpc.ResultDone || u.Result == vsockrpc.ResultSkipped
+}
+
+// refreshFailure is the Failure of a call that was carried out, where a unit did
+// not come up; nil if all did.
+func refreshFailure(r *Result) *Failure {
+	failed := 0
+	var first vsockrpc.Refreshed
+	for _, u := range r.Units {
+		if !Refreshed(u) {
+			if failed++; failed == 1 {
+				first = u
+			}
+		}
+	}
+	f := &Failure{Code: CodeRefreshFailed}
+	switch failed {
+	case 0:
+		return nil
+	case 1:
+		f.Message = fmt.Sprintf("%s was not refreshed", vsockrpc.Escape(first.Unit, maxDetail))
+	default:
+		f.Message = fmt.Sprintf("%d of %d units were not refreshed", failed, len(r.Units))
+	}
+	f.Message += fmt.Sprintf("; generation %d is in force all the same: `guestctl refresh` tries again, `guestctl rollback` puts the values before back", *r.Generation)
+	return f
 }
 
 // connectFailure names the step that failed, and the way out.
-func connectFailure(e *vsockrpc.ConnectError, unknown bool) *Failure {
+func connectFailure(e *vsockrpc.ConnectError, fate fate) *Failure {
 	f := &Failure{Code: CodeInternal}
 	what, hint := "it cannot be reached", ""
 	switch e.Step {
@@ -135,8 +229,8 @@ func connectFailure(e *vsockrpc.ConnectError, unknown bool) *Failure {
 	case vsockrpc.StepAnswer:
 		f.Code, what, hint = CodeNoAnswer, "no answer in time", "is the guest up? --timeout waits longer"
 	}
-	if unknown && e.Step == vsockrpc.StepAnswer {
-		hint = "whether it was done is unknown: `guestctl list` tells; --timeout waits longer"
+	if fate != fateUntouched && e.Step == vsockrpc.StepAnswer {
+		hint = strings.TrimPrefix(fate.hint(), "; ") + "; --timeout waits longer"
 	}
 	f.Message = what
 	if e.Err != nil && e.Step != vsockrpc.StepAnswer {
@@ -155,6 +249,8 @@ func answered(e *vsockrpc.Error) string {
 		return "the agent does not let this caller do that; the guest's journal tells why"
 	case "org.varlink.service.InterfaceNotFound", "org.varlink.service.MethodNotFound", "org.varlink.service.MethodNotImplemented":
 		return "the agent does not know the method: it is older than this guestctl, or not guestagent"
+	case "org.varlink.service.InvalidParameter":
+		return "the agent does not take what was asked: " + vsockrpc.Escape(e.Error(), maxDetail) + "; it may be older than this guestctl"
 	case "io.guestagent.Busy":
 		return "the agent has too many callers; try again later"
 	case "io.guestagent.MessageTooLarge":

@@ -21,11 +21,19 @@ type Fleet struct {
 	Batch int
 	// KeepGoing goes on after a failure.
 	KeepGoing bool
-	// Timeout bounds what is done to one guest.
+	// Timeout bounds what is done to one guest. From the moment that a guest
+	// tells how it gets on with refreshing units, which may take as long as the
+	// units do, it bounds the time from one message to the next, and is at least
+	// DefaultTimeout: see [vsockrpc.Heartbeat]. A guest that goes on telling is
+	// waited for until ctx ends.
 	Timeout time.Duration // 0 is DefaultTimeout
 	// Waiting, if not nil, is told which guests are waited for, whenever that
-	// changes. It and emit are never called at the same time.
+	// changes. It, Progress and emit are never called at the same time.
 	Waiting func(guests []Guest)
+	// Progress, if not nil, is told how a guest gets on.
+	Progress func(guest Guest, p vsockrpc.Progress)
+
+	dial func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc.Dial
 }
 
 // A Result is what came of one guest. In JSON it has the wire's names; what
@@ -47,28 +55,48 @@ type Result struct {
 	Entries    []vsockrpc.Entry     `json:"entries,omitzero"`
 	Refusals   []credential.Refusal `json:"refusals,omitzero"` // of the last import
 
+	// Units are there with an Error too: CodeRolledBack and CodeRefreshFailed.
+	Units            []vsockrpc.Refreshed `json:"units,omitzero"`
+	Waiting          []vsockrpc.Waiting   `json:"waiting,omitzero"`
+	Rejected         []vsockrpc.Rejected  `json:"rejected,omitzero"`
+	Gate             *int64               `json:"gate,omitzero"`
+	ConsumersProblem string               `json:"consumersProblem,omitzero"`
+
 	Error *Failure `json:"error,omitzero"`
 }
 
 // Push puts a set in force in each guest, and hands each result to emit, in
 // the order of the guests. The values are not wiped.
 func (f Fleet) Push(ctx context.Context, p *vsockrpc.ApplyParams, emit func(Result)) error {
-	return f.each(ctx, !p.DryRun, emit, func(ctx context.Context, c *vsockrpc.Client, r *Result) error {
-		a, err := vsockrpc.Credentials{Client: c}.Apply(ctx, p)
-		if err == nil {
-			r.DryRun, r.Generation = p.DryRun, &a.Generation
-			r.Installed, r.Relabelled, r.Removed, r.Unchanged = a.Installed, a.Relabelled, a.Removed, a.Unchanged
-		}
-		return err
+	return f.each(ctx, !p.DryRun, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := c.Apply(ctx, p)
+		r.DryRun = p.DryRun && err == nil
+		return r.applied(&a, err)
 	})
+}
+
+// Retry puts the set that a gate rolled back in force again, in each guest.
+func (f Fleet) Retry(ctx context.Context, p *vsockrpc.RetryParams, emit func(Result)) error {
+	return f.each(ctx, true, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := c.Retry(ctx, p)
+		return r.applied(&a, err)
+	})
+}
+
+func (r *Result) applied(a *vsockrpc.ApplyResult, err error) error {
+	if err == nil {
+		r.Generation, r.Units = &a.Generation, a.Units
+		r.Installed, r.Relabelled, r.Removed, r.Unchanged = a.Installed, a.Relabelled, a.Removed, a.Unchanged
+	}
+	return err
 }
 
 // Remove removes names from each guest.
 func (f Fleet) Remove(ctx context.Context, p *vsockrpc.RemoveParams, emit func(Result)) error {
-	return f.each(ctx, true, emit, func(ctx context.Context, c *vsockrpc.Client, r *Result) error {
-		a, err := vsockrpc.Credentials{Client: c}.Remove(ctx, p)
+	return f.each(ctx, true, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := c.Remove(ctx, p)
 		if err == nil {
-			r.Generation, r.Removed, r.Unchanged = &a.Generation, a.Removed, a.Unchanged
+			r.Generation, r.Removed, r.Unchanged, r.Units = &a.Generation, a.Removed, a.Unchanged, a.Units
 		}
 		return err
 	})
@@ -76,21 +104,42 @@ func (f Fleet) Remove(ctx context.Context, p *vsockrpc.RemoveParams, emit func(R
 
 // Rollback puts back, in each guest, what its last set replaced.
 func (f Fleet) Rollback(ctx context.Context, p *vsockrpc.RollbackParams, emit func(Result)) error {
-	return f.each(ctx, true, emit, func(ctx context.Context, c *vsockrpc.Client, r *Result) error {
-		a, err := vsockrpc.Credentials{Client: c}.Rollback(ctx, p)
+	return f.each(ctx, true, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := c.Rollback(ctx, p)
 		if err == nil {
-			r.Generation, r.Installed, r.Removed = &a.Generation, a.Installed, a.Removed
+			r.Generation, r.Installed, r.Removed, r.Units = &a.Generation, a.Installed, a.Removed, a.Units
 		}
 		return err
 	})
 }
 
-// List lists what is in each guest.
+// Refresh refreshes the units of each guest that load these credentials.
+func (f Fleet) Refresh(ctx context.Context, p *vsockrpc.RefreshParams, emit func(Result)) error {
+	return f.each(ctx, true, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := c.Refresh(ctx, p)
+		if err == nil {
+			r.Generation, r.Units = &a.Generation, a.Units
+		}
+		return err
+	})
+}
+
+// List lists what is in each guest, but for the consumers.
 func (f Fleet) List(ctx context.Context, emit func(Result)) error {
-	return f.each(ctx, false, emit, func(ctx context.Context, c *vsockrpc.Client, r *Result) error {
-		a, err := vsockrpc.Credentials{Client: c}.List(ctx)
+	return f.list(ctx, emit, vsockrpc.Credentials.List)
+}
+
+// ListConsumers lists what is in each guest, and the units that load it.
+func (f Fleet) ListConsumers(ctx context.Context, emit func(Result)) error {
+	return f.list(ctx, emit, vsockrpc.Credentials.ListConsumers)
+}
+
+func (f Fleet) list(ctx context.Context, emit func(Result), list func(vsockrpc.Credentials, context.Context) (vsockrpc.ListResult, error)) error {
+	return f.each(ctx, false, emit, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
+		a, err := list(c, ctx)
 		if err == nil {
 			r.Generation, r.Entries, r.Refusals = &a.Generation, a.Entries, a.Refusals
+			r.Waiting, r.Rejected, r.Gate, r.ConsumersProblem = a.Waiting, a.Rejected, a.Gate, a.ConsumersProblem
 		}
 		return err
 	})
@@ -104,9 +153,9 @@ func (f Fleet) Probe(ctx context.Context, emit func(Result)) error {
 		reachable := r.Error == nil || r.Error.Status() != StatusUnreachable
 		r.Reachable = &reachable
 		emit(r)
-	}, func(ctx context.Context, c *vsockrpc.Client, r *Result) error {
+	}, func(ctx context.Context, c vsockrpc.Credentials, r *Result) error {
 		var i info
-		err := c.Call(ctx, "org.varlink.service.GetInfo", nil, &i)
+		err := c.Client.Call(ctx, "org.varlink.service.GetInfo", nil, &i)
 		r.Product, r.Version = i.product, i.version
 		return err
 	})
@@ -154,21 +203,32 @@ func (e *FleetError) Error() string {
 // Unwrap returns the failure with the highest status.
 func (e *FleetError) Unwrap() error { return e.Worst }
 
+// doer does something to one guest.
+type doer func(context.Context, vsockrpc.Credentials, *Result) error
+
 // each does the same to every guest, Batch at a time. One is begun when
 // another is done, so that after a failure there are at most Batch-1 others
 // under way, which are not interrupted. The error is that of the one guest, or
 // a [FleetError].
-func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do func(context.Context, *vsockrpc.Client, *Result) error) error {
+func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do doer) error {
 	if len(f.Guests) == 0 {
 		return errors.New("there is no guest to do anything to")
 	}
 	if f.Timeout <= 0 {
 		f.Timeout = DefaultTimeout
 	}
+	if f.dial == nil {
+		f.dial = vsockrpc.Dial
+	}
 	type done struct {
 		i int
 		r Result
 	}
+	type step struct {
+		i int
+		p vsockrpc.Progress
+	}
+	steps := make(chan step)
 	// Every guest may leave its result without being waited for.
 	results := make(chan done, len(f.Guests))
 	waiting := map[int]Result{}
@@ -190,7 +250,7 @@ func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do fun
 			default:
 				running[i] = true
 				go func() {
-					r.Error = f.one(ctx, g, changes, &r, do)
+					r.Error = f.one(ctx, g, changes, &r, do, func(p vsockrpc.Progress) { steps <- step{i, p} })
 					results <- done{i, r}
 				}()
 			}
@@ -204,7 +264,17 @@ func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do fun
 			}
 			f.Waiting(guests)
 		}
-		d := <-results
+		var d done
+		for ok := false; !ok; {
+			select {
+			case s := <-steps:
+				if f.Progress != nil {
+					f.Progress(f.Guests[s.i], s.p)
+				}
+			case d = <-results:
+				ok = true
+			}
+		}
 		ended++
 		running[d.i] = false
 		switch fail := d.r.Error; {
@@ -234,16 +304,31 @@ func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do fun
 }
 
 // one does it to one guest, over a connection of its own.
-func (f Fleet) one(ctx context.Context, g Guest, changes bool, r *Result, do func(context.Context, *vsockrpc.Client, *Result) error) *Failure {
-	limited, cancel := context.WithTimeout(ctx, f.Timeout)
-	defer cancel()
-	c, err := vsockrpc.Dial(limited, g.Target)
+func (f Fleet) one(ctx context.Context, g Guest, changes bool, r *Result, do doer, step func(vsockrpc.Progress)) *Failure {
+	limited, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(f.Timeout, func() { cancel(context.DeadlineExceeded) })
+	defer timer.Stop()
+	c, err := f.dial(limited, g.Target)
 	if err != nil {
-		return failure(err, false, ctx.Err() != nil)
+		return failure(err, fateUntouched, ctx.Err() != nil)
 	}
 	defer c.Close()
-	if err := do(limited, c, r); err != nil {
-		return failure(err, changes, ctx.Err() != nil)
+	fate := fateUntouched
+	if changes {
+		fate = fateUnknown
 	}
-	return nil
+	err = do(limited, vsockrpc.Credentials{Client: c, Progress: func(p vsockrpc.Progress) {
+		fate = fateBegun
+		timer.Stop() // to show it takes as long as it takes
+		step(p)
+		timer.Reset(max(f.Timeout, DefaultTimeout))
+	}}, r)
+	if err == nil {
+		return refreshFailure(r)
+	}
+	if e, ok := errors.AsType[*vsockrpc.RolledBackError](err); ok {
+		r.Generation, r.Units = &e.Generation, e.Units
+	}
+	return failure(err, fate, ctx.Err() != nil)
 }

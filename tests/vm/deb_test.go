@@ -91,6 +91,7 @@ func TestDebContents(t *testing.T) {
 	}{
 		{first.agent, []string{
 			"-rwxr-xr-x /usr/bin/guestagent",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-credentials.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-import.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-local.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent.service",
@@ -98,6 +99,7 @@ func TestDebContents(t *testing.T) {
 			"-rw-r--r-- /usr/lib/systemd/system/run-credstore.mount",
 			"-rw-r--r-- /usr/share/doc/guestagent/changelog.gz",
 			"-rw-r--r-- /usr/share/doc/guestagent/copyright",
+			"-rw-r--r-- /usr/share/guestagent/compare.conf",
 		}},
 		{first.ctl, []string{
 			"-rwxr-xr-x /usr/bin/guestctl",
@@ -183,7 +185,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		}
 		return dpkg(t, "--install", paths...)
 	}
-	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-import.service"}
+	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-import.service"}
 	// states are what systemctl says of the units, whatever its exit status.
 	states := func(t *testing.T, verb string) []string {
 		t.Helper()

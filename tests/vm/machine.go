@@ -103,9 +103,9 @@ type Config struct {
 	Guest string
 }
 
-// Machine is a running virtual machine. Its methods may be called at the same time.
+// Machine is a running virtual machine or container. Its methods may be called at the same time.
 type Machine struct {
-	// Accel is "kvm" or "tcg".
+	// Accel is "kvm", "tcg" or "container".
 	Accel string
 	// BootTime is how long it took until what Config.WaitFor asked for.
 	BootTime time.Duration
@@ -116,10 +116,12 @@ type Machine struct {
 	console   *tail
 	files     []io.Closer
 	commands  *commandLog
-	qemu      *qemu
-	vsock     *vsock
-	channel   *channel
-	wg        sync.WaitGroup
+	// process is what the machine runs in: QEMU, or the supervisor of a container.
+	process *process
+	qemu    *qemu
+	vsock   *vsock
+	channel *channel
+	wg      sync.WaitGroup
 }
 
 // Boot starts a machine and waits as Config.WaitFor says. The context ends the waiting, not the machine: the caller
@@ -140,21 +142,14 @@ func boot(ctx context.Context, cfg Config) (*Machine, error) {
 	if err := needTools(qemuProgram); err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "guestagent-vm-")
+	m, err := newMachine(cfg.Artifacts, cfg.BootTimeout)
 	if err != nil {
 		return nil, err
-	}
-	m := &Machine{dir: dir, artifacts: cfg.Artifacts, timeout: cfg.BootTimeout}
-	if m.timeout == 0 {
-		m.timeout = defaultTimeout
-	}
-	if m.artifacts == "" {
-		m.artifacts = dir
 	}
 	if err := m.prepare(ctx, &cfg); err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
-	accel, probed, err := chooseAccel(ctx, cfg.Image, cfg.Guest, dir)
+	accel, probed, err := chooseAccel(ctx, cfg.Image, cfg.Guest, m.dir)
 	if err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
@@ -162,8 +157,9 @@ func boot(ctx context.Context, cfg Config) (*Machine, error) {
 	if err != nil && probed && m.qemu != nil && m.qemu.kvmBroken() {
 		// The probe was too small to see it.
 		saveVerdict(verdict{Host: hostID(), KVM: false})
-		m.stop()
-		err = m.start(ctx, &cfg, accelTCG)
+		if err = m.stop(); err == nil {
+			err = m.start(ctx, &cfg, accelTCG)
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, m.Close())
@@ -171,29 +167,51 @@ func boot(ctx context.Context, cfg Config) (*Machine, error) {
 	return m, nil
 }
 
-// prepare makes all files that QEMU needs, and opens the artifacts.
-func (m *Machine) prepare(ctx context.Context, cfg *Config) error {
+// newMachine makes a machine's temporary folder. The caller closes the machine.
+func newMachine(artifacts string, timeout time.Duration) (*Machine, error) {
+	dir, err := os.MkdirTemp("", "guestagent-vm-")
+	if err != nil {
+		return nil, err
+	}
+	m := &Machine{dir: dir, artifacts: artifacts, timeout: timeout}
+	if m.timeout == 0 {
+		m.timeout = defaultTimeout
+	}
+	if m.artifacts == "" {
+		m.artifacts = dir
+	}
+	return m, nil
+}
+
+// record opens the artifacts and returns what the console is to be written to, with a copy to live, which may be nil.
+func (m *Machine) record(live io.Writer) (io.Writer, error) {
 	if err := os.MkdirAll(m.artifacts, 0o755); err != nil {
-		return err
+		return nil, err
 	}
 	console, err := os.Create(filepath.Join(m.artifacts, "console.log"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	m.files = append(m.files, console)
 	commands, err := os.Create(filepath.Join(m.artifacts, "commands.log"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	m.files = append(m.files, commands)
 	m.commands = &commandLog{w: commands}
 	m.console = newTail(tailBytes)
 	writers := []io.Writer{console, m.console}
-	if cfg.Console != nil {
-		writers = append(writers, cfg.Console)
+	if live != nil {
+		writers = append(writers, live)
 	}
-	cfg.Console = io.MultiWriter(writers...)
+	return io.MultiWriter(writers...), nil
+}
 
+// prepare makes all files that QEMU needs, and opens the artifacts.
+func (m *Machine) prepare(ctx context.Context, cfg *Config) (err error) {
+	if cfg.Console, err = m.record(cfg.Console); err != nil {
+		return err
+	}
 	if cfg.Guest == "" {
 		if cfg.Guest, err = buildGuest(ctx, m.dir); err != nil {
 			return err
@@ -216,7 +234,7 @@ func (m *Machine) prepare(ctx context.Context, cfg *Config) error {
 			return err
 		}
 	}
-	if err := writeInitrd(m.initrd(), cfg.Image, guestFiles(cfg)); err != nil {
+	if err := writeInitrd(m.initrd(), cfg.Image, guestFiles(cfg.Guest, cfg.Overlay)); err != nil {
 		return fmt.Errorf("writing the guest's root: %w", err)
 	}
 	return nil
@@ -225,12 +243,12 @@ func (m *Machine) prepare(ctx context.Context, cfg *Config) error {
 func (m *Machine) initrd() string { return filepath.Join(m.dir, "initrd") }
 
 // guestFiles returns the overlay with the guest program in front.
-func guestFiles(cfg *Config) []File {
+func guestFiles(guest string, overlay []File) []File {
 	return append([]File{
-		{Path: "/usr/lib/vm-guest/vm-guest", Mode: 0o755, Source: cfg.Guest},
+		{Path: "/usr/lib/vm-guest/vm-guest", Mode: 0o755, Source: guest},
 		{Path: "/etc/systemd/system/vm-guest.service", Content: guestUnit},
 		{Path: "/etc/systemd/system/sysinit.target.wants/vm-guest.service", Symlink: "../vm-guest.service"},
-	}, cfg.Overlay...)
+	}, overlay...)
 }
 
 // writeInitrd puts the image's root and the overlay into one file. The kernel skips zeroes between two archives, and
@@ -306,15 +324,11 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	start := time.Now()
 	ctx, cancel := context.WithTimeoutCause(ctx, m.timeout, ErrTimeout)
 	defer cancel()
-	socket := filepath.Join(m.dir, "guest.sock")
-	if len(socket) > maxSocketPath {
-		return fmt.Errorf("making a socket: the path %s is too long; set TMPDIR to a shorter folder", socket)
-	}
+	socket := filepath.Join(m.dir, wire.SocketName)
 	// QEMU dials, so that the port has its other side before the guest opens it.
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "unix", socket)
+	l, err := listen(ctx, socket)
 	if err != nil {
-		return fmt.Errorf("making a socket: %w", err)
+		return err
 	}
 	defer func() { _ = l.Close() }()
 	args := m.arguments(cfg, accel, socket)
@@ -330,11 +344,33 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	if m.qemu, err = startQEMU(args, cfg.Console); err != nil {
 		return err
 	}
-	m.Accel = accel
+	m.process, m.Accel = m.qemu.process, accel
+	if err := m.await(ctx, l, cfg.WaitFor); err != nil {
+		return err
+	}
+	m.BootTime = time.Since(start)
+	return nil
+}
+
+// listen makes the socket of the channel.
+func listen(ctx context.Context, socket string) (net.Listener, error) {
+	if len(socket) > maxSocketPath {
+		return nil, fmt.Errorf("making a socket: the path %s is too long; set TMPDIR to a shorter folder", socket)
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "unix", socket)
+	if err != nil {
+		return nil, fmt.Errorf("making a socket: %w", err)
+	}
+	return l, nil
+}
+
+// await waits for the guest program of a machine that has been started, and then as told.
+func (m *Machine) await(ctx context.Context, l net.Listener, wait WaitFor) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
 	m.wg.Go(func() {
-		<-m.qemu.done
+		<-m.process.done
 		_ = l.Close()
 		m.vsock.stop()
 	})
@@ -350,7 +386,7 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	case <-ctx.Done():
 		return m.bootError(ctx)
 	}
-	if cfg.WaitFor == UntilReady {
+	if wait == UntilReady {
 		if _, err := m.WaitReady(ctx); err != nil {
 			if errors.Is(err, ErrStopped) || ctx.Err() != nil {
 				return m.bootError(ctx)
@@ -358,7 +394,6 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 			return m.withConsole(err)
 		}
 	}
-	m.BootTime = time.Since(start)
 	return nil
 }
 
@@ -374,11 +409,12 @@ func (m *Machine) bootError(ctx context.Context) error {
 	return m.withConsole(cause)
 }
 
-// stoppedError says how the machine ended. It is called when the channel has ended, which QEMU does too, or will.
+// stoppedError says how the machine ended. It is called when the channel has ended, which m.process does too, or
+// will.
 func (m *Machine) stoppedError() error {
 	select {
-	case <-m.qemu.done:
-		return m.withConsole(fmt.Errorf("%w: QEMU ended with %s", ErrStopped, m.qemu.ended()))
+	case <-m.process.done:
+		return m.withConsole(fmt.Errorf("%w: %s ended with %s", ErrStopped, m.process.name(), m.process.ended()))
 	case <-time.After(killGrace):
 	}
 	reason := "the channel was closed"
@@ -401,8 +437,8 @@ func (m *Machine) ConsoleTail(n int) string {
 // Artifacts returns the folder that the console and other records are in.
 func (m *Machine) Artifacts() string { return m.artifacts }
 
-// Done is closed when QEMU has ended, however that came about.
-func (m *Machine) Done() <-chan struct{} { return m.qemu.done }
+// Done is closed when the machine has ended, however that came about.
+func (m *Machine) Done() <-chan struct{} { return m.process.done }
 
 // WaitReady waits until systemd has finished the boot and returns the state it is in: "running", or "degraded" when a
 // unit has failed. Any other state is an error.
@@ -470,13 +506,13 @@ func (m *Machine) Collect(ctx context.Context) error {
 	return nil
 }
 
-// Shutdown turns the guest off in order and waits for the end of QEMU.
+// Shutdown turns the guest off in order and waits for its end.
 func (m *Machine) Shutdown(ctx context.Context) error {
 	if _, err := m.Run(ctx, "systemctl", "poweroff", "--no-block"); err != nil && !errors.Is(err, ErrStopped) {
 		return fmt.Errorf("shutting down: %w", err)
 	}
 	select {
-	case <-m.qemu.done:
+	case <-m.process.done:
 		return nil
 	case <-ctx.Done():
 		return m.withConsole(fmt.Errorf("shutting down: %w", ctx.Err()))
@@ -485,8 +521,7 @@ func (m *Machine) Shutdown(ctx context.Context) error {
 
 // Close ends the machine at once, waits for what it started and removes its temporary files. It may be called twice.
 func (m *Machine) Close() error {
-	m.stop()
-	var errs []error
+	errs := []error{m.stop()}
 	for _, f := range m.files {
 		errs = append(errs, f.Close())
 	}
@@ -497,14 +532,16 @@ func (m *Machine) Close() error {
 	return nil
 }
 
-// stop ends QEMU, its vsock device and the channel.
-func (m *Machine) stop() {
-	if m.qemu != nil {
-		m.qemu.kill()
+// stop ends what the machine runs in, its vsock device and the channel.
+func (m *Machine) stop() error {
+	var err error
+	if m.process != nil {
+		err = m.process.end()
 	}
 	m.vsock.stop()
 	if m.channel != nil {
 		m.channel.close()
 	}
 	m.wg.Wait()
+	return err
 }

@@ -16,6 +16,11 @@ const qemuProgram = "qemu-system-x86_64"
 // process is a program that does not outlive this one.
 type process struct {
 	cmd *exec.Cmd
+	// leash, where there is one, is what the program ends by when it is closed, as it is when this process ends.
+	// Without one the program is killed.
+	leash io.Closer
+	// stderr, where there is one, is what the program wrote.
+	stderr *tail
 	// done is closed when the process has ended and err is set.
 	done chan struct{}
 	err  error
@@ -27,7 +32,11 @@ func newProcess(program string, args ...string) *process {
 
 // start starts the process. The caller waits for done.
 func (p *process) start() error {
-	dieWithThread(p.cmd)
+	if p.leash == nil {
+		dieWithThread(p.cmd)
+	} else {
+		ownSession(p.cmd)
+	}
 	started := make(chan error, 1)
 	go func() {
 		// The kernel kills the process when this thread ends: no other goroutine may end it before.
@@ -42,21 +51,64 @@ func (p *process) start() error {
 		close(p.done)
 	}()
 	if err := <-started; err != nil {
-		return fmt.Errorf("starting %s: %w", filepath.Base(p.cmd.Path), err)
+		return fmt.Errorf("starting %s: %w", p.name(), err)
 	}
 	return nil
 }
 
-// kill ends the process and waits for its end.
+// name returns the program's name.
+func (p *process) name() string { return filepath.Base(p.cmd.Path) }
+
+// kill ends the process at once and waits for its end.
 func (p *process) kill() {
 	_ = p.cmd.Process.Kill()
 	<-p.done
 }
 
+// end ends the process in its own way and waits for its end. It returns what went wrong while the process ended.
+func (p *process) end() error {
+	if p.leash == nil {
+		p.kill()
+		return nil
+	}
+	select {
+	case <-p.done:
+		return nil // by itself, and whoever waited for it has been told
+	default:
+	}
+	_ = p.leash.Close()
+	<-p.done
+	if p.err != nil {
+		return fmt.Errorf("ending %s: %s", p.name(), p.ended())
+	}
+	return nil
+}
+
+// ended says how the process ended. It is called after done.
+func (p *process) ended() string {
+	s := "exit status 0"
+	if p.err != nil {
+		s = p.err.Error()
+	}
+	if p.stderr == nil {
+		return s
+	}
+	var said []string
+	for line := range strings.Lines(string(p.stderr.Bytes())) {
+		// Each boot of an emulated machine warns of what the processor lacks.
+		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "warning: TCG doesn't support") {
+			said = append(said, line)
+		}
+	}
+	if len(said) > 0 {
+		s += "; it wrote: " + strings.Join(said, "; ")
+	}
+	return s
+}
+
 // qemu is one QEMU process.
 type qemu struct {
 	*process
-	stderr *tail
 
 	mu     sync.Mutex
 	broken bool
@@ -65,7 +117,8 @@ type qemu struct {
 // startQEMU starts QEMU. What it writes to standard output, where args put the console, goes to console. The caller
 // waits for done.
 func startQEMU(args []string, console io.Writer) (*qemu, error) {
-	q := &qemu{process: newProcess(qemuProgram, args...), stderr: newTail(tailBytes)}
+	q := &qemu{process: newProcess(qemuProgram, args...)}
+	q.stderr = newTail(tailBytes)
 	q.cmd.Stdout = console
 	q.cmd.Stderr = stderrWatch{q}
 	if err := q.start(); err != nil {
@@ -79,25 +132,6 @@ func (q *qemu) kvmBroken() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.broken
-}
-
-// ended says how the process ended. It is called after done.
-func (q *qemu) ended() string {
-	s := "exit status 0"
-	if q.err != nil {
-		s = q.err.Error()
-	}
-	var said []string
-	for line := range strings.Lines(string(q.stderr.Bytes())) {
-		// Each boot warns of what the emulated processor lacks.
-		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "warning: TCG doesn't support") {
-			said = append(said, line)
-		}
-	}
-	if len(said) > 0 {
-		s += "; it wrote: " + strings.Join(said, "; ")
-	}
-	return s
 }
 
 // stderrWatch keeps what QEMU writes. After an error inside KVM, QEMU pauses the guest for ever instead of ending.

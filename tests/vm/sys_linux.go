@@ -53,6 +53,11 @@ func dieWithThread(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }
 
+// ownSession keeps the terminal's signals from cmd, which ends by itself.
+func ownSession(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+}
+
 // fileHeader describes a file for an archive. It says false for what an archive does not hold.
 func fileHeader(name string, info fs.FileInfo) (cpio.Header, bool) {
 	st, ok := info.Sys().(*syscall.Stat_t)

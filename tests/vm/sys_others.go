@@ -19,6 +19,8 @@ func ownGroup(*exec.Cmd) {}
 
 func dieWithThread(*exec.Cmd) {}
 
+func ownSession(*exec.Cmd) {}
+
 func fileHeader(string, fs.FileInfo) (cpio.Header, bool) { return cpio.Header{}, false }
 
 func kernelRelease() string { return "" }

@@ -373,7 +373,7 @@ func TestChannel(t *testing.T) {
 		channel:  newChannel(host),
 		commands: &commandLog{w: &list},
 		console:  newTail(tailBytes),
-		qemu:     &qemu{process: &process{done: ended}, stderr: newTail(tailBytes)},
+		process:  &process{cmd: &exec.Cmd{Path: "/bin/qemu"}, done: ended, stderr: newTail(tailBytes)},
 	}
 	<-m.channel.hello
 

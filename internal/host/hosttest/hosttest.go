@@ -1,6 +1,6 @@
 // Package hosttest has guests for tests: an agent in memory, and some that mean
-// no good. It knows nothing of systemd and checks little; the agent's own tests
-// do that.
+// no good. It plays systemd with one unit per credential and checks little; the
+// agent's own tests do that.
 package hosttest
 
 import (
@@ -34,9 +34,26 @@ type Guest struct {
 	generation int64
 	store      map[string]entry
 	previous   map[string]entry // nil if there is none
+	loaded     map[string]entry // what the unit of each credential runs with
+	rejected   map[string]entry // nil if there is none
+	rejection  vsockrpc.Rejected
+	waiting    []vsockrpc.Waiting
+	trial      *int64
+	systemd    string // why it cannot be reached; empty if it can
 }
 
 type entry struct{ value, revision string }
+
+// Every credential NAME is loaded by NAME.service, which runs. What happens
+// when that is refreshed depends on the value and the name.
+const (
+	// Bad begins a value that no unit starts with.
+	Bad = "bad"
+	// Never is the name of a credential whose unit is not refreshed.
+	Never = "never"
+	// Dies is the state of a unit that did not start. It has an escape sequence.
+	Dies = "failed (\x1b[31mexit-code 1)"
+)
 
 // Refuses is a name that every Guest refuses, for a reason with an escape
 // sequence in it.
@@ -44,7 +61,7 @@ const Refuses = "refused"
 
 // Start starts a guest that listens on dir/name.sock.
 func Start(dir, name string) (*Guest, error) {
-	g := &Guest{Socket: filepath.Join(dir, name+".sock"), store: map[string]entry{}}
+	g := &Guest{Socket: filepath.Join(dir, name+".sock"), store: map[string]entry{}, loaded: map[string]entry{}}
 	s := &vsockrpc.Server{
 		Product: "guestagent", Version: "test",
 		Authorize: func(p vsockrpc.Peer) error {
@@ -55,7 +72,9 @@ func Start(dir, name string) (*Guest, error) {
 		},
 		Interfaces: []vsockrpc.Interface{{
 			Name: vsockrpc.CredentialsInterface, Description: vsockrpc.CredentialsDescription,
-			Methods: map[string]vsockrpc.Handler{"Apply": g.apply, "List": g.list, "Remove": g.remove, "Rollback": g.rollback},
+			Methods: map[string]vsockrpc.Handler{
+				"Apply": g.apply, "List": g.list, "Remove": g.remove, "Rollback": g.rollback, "Refresh": g.refresh, "Retry": g.retry,
+			},
 		}},
 	}
 	l, err := net.Listen("unix", g.Socket)
@@ -89,8 +108,38 @@ func (g *Guest) Calls() int {
 	return g.calls
 }
 
-func (g *Guest) expect(generation *int64) error {
+// Wait makes a unit wait for a credential.
+func (g *Guest) Wait(unit, name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.waiting = append(g.waiting, vsockrpc.Waiting{Unit: unit, Name: name, Since: now})
+}
+
+// OnTrial makes a generation be on trial.
+func (g *Guest) OnTrial(generation int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.trial = &generation
+}
+
+// NoSystemd makes its systemd unreachable.
+func (g *Guest) NoSystemd(problem string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.systemd = problem
+}
+
+// now is the time of everything.
+const now = "2026-01-02T03:04:05Z"
+
+func (g *Guest) expect(generation *int64, refresh string) error {
 	g.calls++
+	switch {
+	case g.trial != nil:
+		return &vsockrpc.GateInProgressError{Generation: *g.trial}
+	case g.systemd != "" && refreshes(refresh):
+		return &vsockrpc.NoSystemdError{Problem: g.systemd}
+	}
 	if generation != nil && *generation != g.generation {
 		return &vsockrpc.GenerationMismatchError{ExpectedGeneration: *generation, Generation: g.generation}
 	}
@@ -109,6 +158,84 @@ func (g *Guest) replace(next map[string]entry, forget bool) {
 	g.generation++
 }
 
+func refreshes(refresh string) bool { return refresh != "" && refresh != vsockrpc.RefreshNone }
+
+// refreshUnits refreshes the units of these credentials.
+func (g *Guest) refreshUnits(names []string, refresh string, tell func(vsockrpc.Progress) error) ([]vsockrpc.Refreshed, error) {
+	var units []vsockrpc.Refreshed
+	if !refreshes(refresh) || len(names) == 0 {
+		return units, nil
+	}
+	waitingFor := make([]string, len(names))
+	for i, name := range names {
+		waitingFor[i] = name + ".service"
+	}
+	action := vsockrpc.ActionRestart
+	if refresh == vsockrpc.RefreshReload {
+		action = vsockrpc.ActionReload
+	}
+	for i, name := range names {
+		if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, WaitingFor: waitingFor[i:]}); err != nil {
+			return nil, err
+		}
+		u := vsockrpc.Refreshed{Unit: waitingFor[i], Action: action, Result: vsockrpc.ResultDone, State: "active (running)"}
+		switch {
+		case name == Never:
+			u.Action, u.Result, u.Detail = vsockrpc.ActionNone, vsockrpc.ResultSkipped, "refresh.never names it"
+		case strings.HasPrefix(g.store[name].value, Bad):
+			u.Result, u.State = vsockrpc.ResultFailed, Dies
+		default:
+			g.loaded[name] = g.store[name]
+		}
+		if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, Unit: &u, WaitingFor: waitingFor[i+1:]}); err != nil {
+			return nil, err
+		}
+		units = append(units, u)
+	}
+	return units, nil
+}
+
+// install puts next in force, refreshes the units of what changed, and rolls
+// back what does not stand its gate.
+func (g *Guest) install(call *vsockrpc.Call, next map[string]entry, forget bool, refresh string, gate bool, r *vsockrpc.ApplyResult) error {
+	tell := func(p vsockrpc.Progress) error {
+		if !call.More {
+			return nil
+		}
+		return call.ReplyMore(&vsockrpc.ApplyResult{Generation: g.generation, Progress: &p})
+	}
+	before := g.store
+	g.replace(next, forget)
+	r.Generation = g.generation
+	if !refreshes(refresh) {
+		return call.Reply(r)
+	}
+	if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseApplied}); err != nil {
+		return err
+	}
+	var err error
+	if r.Units, err = g.refreshUnits(r.Installed, refresh, tell); err != nil {
+		return err
+	}
+	if !gate {
+		return call.Reply(r)
+	}
+	if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseWatching, WaitingFor: []string{"everything"}}); err != nil {
+		return err
+	}
+	i := slices.IndexFunc(r.Units, func(u vsockrpc.Refreshed) bool { return u.Result == vsockrpc.ResultFailed })
+	if i < 0 {
+		return call.Reply(r)
+	}
+	problem := r.Units[i].Unit + ": " + Dies
+	g.rejected, g.rejection = next, vsockrpc.Rejected{Generation: g.generation, At: now, Names: r.Installed, Problem: problem}
+	g.replace(before, false)
+	if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRollingBack}); err != nil {
+		return err
+	}
+	return &vsockrpc.RolledBackError{Generation: g.generation, Units: r.Units, Problem: problem, Restored: true}
+}
+
 func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
 	var p vsockrpc.ApplyParams
 	if err := call.Decode(&p); err != nil {
@@ -117,7 +244,7 @@ func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
 	defer p.Wipe()
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if err := g.expect(p.ExpectedGeneration); err != nil {
+	if err := g.expect(p.ExpectedGeneration, p.Refresh); err != nil {
 		return err
 	}
 	next := maps.Clone(g.store)
@@ -157,29 +284,103 @@ func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
 		}
 		delete(next, name)
 	}
-	if !p.DryRun {
-		g.replace(next, p.Forget)
+	if p.DryRun {
+		r.Generation = g.generation
+		return call.Reply(r)
 	}
-	r.Generation = g.generation
-	return call.Reply(r)
+	return g.install(call, next, p.Forget, p.Refresh, p.Gate > 0, r)
+}
+
+func (g *Guest) retry(_ context.Context, call *vsockrpc.Call) error {
+	var p vsockrpc.RetryParams
+	if err := call.Decode(&p); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.expect(p.ExpectedGeneration, p.Refresh); err != nil {
+		return err
+	}
+	if g.rejected == nil {
+		return &vsockrpc.NothingRejectedError{}
+	}
+	next := g.rejected
+	g.rejected = nil
+	return g.install(call, next, false, p.Refresh, p.Gate > 0, &vsockrpc.ApplyResult{Installed: g.rejection.Names})
+}
+
+func (g *Guest) refresh(_ context.Context, call *vsockrpc.Call) error {
+	var p vsockrpc.RefreshParams
+	if err := call.Decode(&p); err != nil {
+		return err
+	}
+	p.Refresh = cmp.Or(p.Refresh, vsockrpc.RefreshAuto)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.expect(nil, p.Refresh); err != nil {
+		return err
+	}
+	var names []string
+	for _, name := range slices.Sorted(maps.Keys(g.store)) {
+		if (p.All || g.stale(name)) && (p.Names == nil || slices.Contains(p.Names, name)) {
+			names = append(names, name)
+		}
+	}
+	units, err := g.refreshUnits(names, p.Refresh, func(progress vsockrpc.Progress) error {
+		if !call.More {
+			return nil
+		}
+		return call.ReplyMore(&vsockrpc.RefreshResult{Generation: g.generation, Progress: &progress})
+	})
+	if err != nil {
+		return err
+	}
+	return call.Reply(&vsockrpc.RefreshResult{Generation: g.generation, Units: units})
 }
 
 func (g *Guest) list(_ context.Context, call *vsockrpc.Call) error {
-	if err := call.Decode(&vsockrpc.ListParams{}); err != nil {
+	var p vsockrpc.ListParams
+	if err := call.Decode(&p); err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.calls++
-	r := &vsockrpc.ListResult{Generation: g.generation}
+	r := &vsockrpc.ListResult{Generation: g.generation, Waiting: g.waiting, Gate: g.trial}
+	if g.rejected != nil {
+		r.Rejected = []vsockrpc.Rejected{g.rejection}
+	}
+	if p.Consumers {
+		r.ConsumersProblem = g.systemd
+	}
 	for name, e := range g.store {
-		r.Entries = append(r.Entries, vsockrpc.Entry{
+		entry := vsockrpc.Entry{
 			Name: name, Revision: e.revision, Size: int64(len(e.value)), Source: credential.SourcePush,
-			InstalledAt: "2026-01-02T03:04:05Z", State: "inForce", Path: "/run/credstore/" + name,
-		})
+			InstalledAt: now, State: "inForce", Path: "/run/credstore/" + name,
+		}
+		if p.Consumers && g.systemd == "" {
+			entry.Consumers = []vsockrpc.Consumer{g.consumer(name)}
+		}
+		r.Entries = append(r.Entries, entry)
 	}
 	slices.SortFunc(r.Entries, func(a, b vsockrpc.Entry) int { return cmp.Compare(a.Name, b.Name) })
 	return call.Reply(r)
+}
+
+func (g *Guest) stale(name string) bool { return g.loaded[name].value != g.store[name].value }
+
+func (g *Guest) consumer(name string) vsockrpc.Consumer {
+	c := vsockrpc.Consumer{
+		Unit: name + ".service", ActiveState: "active", As: name, Way: vsockrpc.WayFile, Revision: g.loaded[name].revision,
+		Loaded: vsockrpc.LoadedInForce, Refresh: vsockrpc.ActionRestart,
+	}
+	if g.stale(name) {
+		c.Loaded, c.Stale = vsockrpc.LoadedUnknown, true
+	}
+	if name == Never {
+		c.Refresh, c.Detail = vsockrpc.ActionNone, "refresh.never names it"
+	}
+	return c
 }
 
 func (g *Guest) remove(_ context.Context, call *vsockrpc.Call) error {
@@ -189,7 +390,7 @@ func (g *Guest) remove(_ context.Context, call *vsockrpc.Call) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if err := g.expect(p.ExpectedGeneration); err != nil {
+	if err := g.expect(p.ExpectedGeneration, p.Refresh); err != nil {
 		return err
 	}
 	next := maps.Clone(g.store)
@@ -214,7 +415,7 @@ func (g *Guest) rollback(_ context.Context, call *vsockrpc.Call) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if err := g.expect(p.ExpectedGeneration); err != nil {
+	if err := g.expect(p.ExpectedGeneration, p.Refresh); err != nil {
 		return err
 	}
 	if g.previous == nil {
@@ -233,6 +434,10 @@ func (g *Guest) rollback(_ context.Context, call *vsockrpc.Call) error {
 	}
 	g.replace(g.previous, false)
 	r.Generation = g.generation
+	var err error
+	if r.Units, err = g.refreshUnits(r.Installed, p.Refresh, func(vsockrpc.Progress) error { return nil }); err != nil {
+		return err
+	}
 	return call.Reply(r)
 }
 
@@ -243,6 +448,7 @@ func (g *Guest) rollback(_ context.Context, call *vsockrpc.Call) error {
 //	escapes  a list of credentials with control sequences for terminals
 //	garbage  what is no JSON
 //	error    an error that nobody knows, with control sequences
+//	rolledBack  progress and the end of a gate, with control sequences
 //	silent   nothing at all
 //	hangup   the end of the connection
 func Hostile(dir, name, kind string) (*HostileGuest, error) {
@@ -314,13 +520,35 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 		_ = answer(conn, map[string]any{"parameters": map[string]any{
 			"generation": 1, "installed": []string{Escapes}, "relabelled": []string{}, "removed": []string{}, "unchanged": []string{},
 			"product": Escapes, "version": Escapes,
-			"entries":  []vsockrpc.Entry{{Name: Escapes, Revision: Escapes, Source: Escapes, InstalledAt: Escapes, State: Escapes, Path: Escapes}},
-			"refusals": []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
+			"entries": []vsockrpc.Entry{{
+				Name: Escapes, Revision: Escapes, Source: Escapes, InstalledAt: Escapes, State: Escapes, Path: Escapes,
+				Consumers: []vsockrpc.Consumer{{
+					Unit: Escapes, ActiveState: Escapes, As: Escapes, Way: Escapes, Revision: Escapes, Loaded: Escapes, Stale: true, Refresh: Escapes, Detail: Escapes,
+				}},
+			}},
+			"units": []vsockrpc.Refreshed{
+				{Unit: Escapes, Action: vsockrpc.ActionRestart, Result: vsockrpc.ResultDone},
+				{Unit: Escapes, Action: Escapes, Result: vsockrpc.ResultSkipped, State: Escapes, Detail: Escapes},
+			},
+			"waiting":          []vsockrpc.Waiting{{Unit: Escapes, Name: Escapes, Since: Escapes}},
+			"rejected":         []vsockrpc.Rejected{{Generation: 1, At: Escapes, Names: []string{Escapes}, Problem: Escapes}},
+			"consumersProblem": Escapes,
+			"refusals":         []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
 		}})
 	},
 	"garbage": func(_ context.Context, conn net.Conn) { _, _ = conn.Write([]byte("\x1b[31mhello\x00")) },
 	"error": func(_ context.Context, conn net.Conn) {
 		_ = answer(conn, map[string]any{"error": "com.example.Error", "parameters": map[string]any{"text": Escapes}})
+	},
+	"rolledBack": func(_ context.Context, conn net.Conn) {
+		_ = answer(conn, map[string]any{"continues": true, "parameters": map[string]any{
+			"generation": 1, "installed": []string{}, "relabelled": []string{}, "removed": []string{}, "unchanged": []string{}, "units": []string{},
+			"progress": vsockrpc.Progress{Phase: Escapes, WaitingFor: []string{Escapes}},
+		}})
+		_ = answer(conn, map[string]any{"error": vsockrpc.CredentialsInterface + ".RolledBack", "parameters": map[string]any{
+			"generation": 1, "problem": Escapes, "restored": false,
+			"units": []vsockrpc.Refreshed{{Unit: Escapes, Action: Escapes, Result: Escapes, State: Escapes, Detail: Escapes}},
+		}})
 	},
 	"silent": func(ctx context.Context, _ net.Conn) { <-ctx.Done() },
 	"hangup": func(context.Context, net.Conn) {},

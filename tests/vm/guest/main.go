@@ -1,9 +1,9 @@
 //go:build linux
 
-// Command guest runs programs in a test's virtual machine and sends back what they wrote.
+// Command guest runs programs in a test's virtual machine or container and sends back what they wrote.
 //
-// It is started by vm-guest.service as root and talks to package vm over a virtio-serial port; see package wire. It
-// trusts the host without reserve and is for tests only: never install it in a real system. As PID 1, which it is in the
+// It is started by vm-guest.service as root and talks to package vm over a virtio-serial port, in a container over a Unix
+// socket; see package wire. It trusts the host without reserve and is for tests only: never install it in a real system. As PID 1, which it is in the
 // harness's probe for KVM, it says that it got there and turns the machine off.
 package main
 
@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,7 +35,7 @@ func main() {
 	if os.Getpid() == 1 {
 		probe(os.Stdout)
 	}
-	if err := run(context.Background(), "/sys/class/virtio-ports", "/dev"); err != nil {
+	if err := run(context.Background(), filepath.Join(wire.SocketDir, wire.SocketName), "/sys/class/virtio-ports", "/dev"); err != nil {
 		logLine("/dev/kmsg", fmt.Sprintf("vm-guest: %v\n", err))
 		os.Exit(1)
 	}
@@ -57,15 +58,28 @@ func logLine(path, line string) {
 	_, _ = io.WriteString(f, line)
 }
 
-func run(ctx context.Context, ports, dev string) error {
-	// Built in on some kernels; where it is a module, udev may not have come to it yet.
-	_ = exec.CommandContext(ctx, "/sbin/modprobe", "--all", "virtio_pci", "virtio_console").Run()
-	port, err := openPort(ctx, ports, dev)
+func run(ctx context.Context, socket, ports, dev string) error {
+	channel, err := openChannel(ctx, socket, ports, dev)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = port.Close() }()
-	return serve(ctx, port)
+	defer func() { _ = channel.Close() }()
+	return serve(ctx, channel)
+}
+
+// openChannel connects to the socket, which a container has from its start, or else opens the port.
+func openChannel(ctx context.Context, socket, ports, dev string) (io.ReadWriteCloser, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err == nil {
+		return conn, nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("connecting to the harness: %w", err)
+	}
+	// Built in on some kernels; where it is a module, udev may not have come to it yet.
+	_ = exec.CommandContext(ctx, "/sbin/modprobe", "--all", "virtio_pci", "virtio_console").Run()
+	return openPort(ctx, ports, dev)
 }
 
 // openPort waits for the port with our name and opens it.
@@ -98,7 +112,7 @@ func openPort(ctx context.Context, ports, dev string) (*os.File, error) {
 	}
 }
 
-// server answers the requests that come over one port.
+// server answers the requests that come over one channel.
 type server struct {
 	writeMu sync.Mutex
 	w       io.Writer
@@ -108,9 +122,9 @@ type server struct {
 }
 
 // serve answers requests until the channel ends, and waits for those that run.
-func serve(ctx context.Context, port io.ReadWriter) error {
+func serve(ctx context.Context, channel io.ReadWriter) error {
 	ctx, cancel := context.WithCancel(ctx)
-	s := &server{w: port, running: make(map[uint64]context.CancelFunc)}
+	s := &server{w: channel, running: make(map[uint64]context.CancelFunc)}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
@@ -118,7 +132,7 @@ func serve(ctx context.Context, port io.ReadWriter) error {
 		return err
 	}
 	for {
-		m, err := wire.Read(port)
+		m, err := wire.Read(channel)
 		if err != nil {
 			return err
 		}

@@ -172,3 +172,38 @@ func TestOpenPort(t *testing.T) {
 		t.Errorf("openPort without a port = %v, want %v", err, context.Canceled)
 	}
 }
+
+func TestOpenChannel(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), wire.SocketName)
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := openChannel(t.Context(), socket, "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 1)
+	if _, err := io.ReadFull(host, got); err != nil || string(got) != "x" {
+		t.Errorf("the harness read %q, %v, want x", got, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// A socket that nobody answers is no reason to look for a port, which a container has not.
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openChannel(t.Context(), socket, "", ""); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("openChannel of a dead socket = %v, want %v", err, syscall.ECONNREFUSED)
+	}
+}

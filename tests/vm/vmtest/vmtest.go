@@ -1,10 +1,11 @@
 // Package vmtest is package vm for tests: it boots machines that end with the test, keeps artifacts of those that
 // failed, and decides which tests run.
 //
-// Tests in virtual machines are asked for by the environment variable VM, a list of releases or "all". Without it they
-// skip and say so. With it nothing skips: a missing program or permission is a failure. The one exception is a release,
-// or vhost-device-vsock, that a broken archive does not give that day, under VM=all: what needs it is left out, loudly,
-// and named in the file LEFT-OUT of the artifacts.
+// Tests in virtual machines and containers are asked for by the environment variable VM, a list of releases or "all".
+// Without it they skip and say so. With it nothing skips: a missing program or permission is a failure. There are two
+// exceptions. A release, or vhost-device-vsock, that a broken archive does not give that day is left out under VM=all,
+// loudly, and named in the file LEFT-OUT of the artifacts. A host that cannot run containers, which need root and
+// systemd-nspawn, is a failure with CI=true only.
 //
 // Artifacts are kept in the folder GUESTAGENT_VM_ARTIFACTS, below the test's name. Where it is not set, they go to a
 // temporary folder that only a failed test leaves behind.
@@ -17,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +33,8 @@ const (
 	ArtifactsEnv = "GUESTAGENT_VM_ARTIFACTS"
 	// LeftOutFile is the file in the artifacts that names the releases that could not be tested.
 	LeftOutFile = "LEFT-OUT"
+	// ContainerRelease is the release of the containers that no release was named for.
+	ContainerRelease = "trixie"
 
 	collectTimeout = time.Minute
 	commandTimeout = 5 * time.Minute
@@ -117,6 +121,68 @@ func Boot(t testing.TB, cfg vm.Config) *vm.Machine {
 	if err != nil {
 		t.Fatal(err)
 	}
+	endWith(t, m)
+	t.Logf("booted %s with %s in %s", cfg.Image.Release.Name, m.Accel, m.BootTime.Round(time.Second/10))
+	return m
+}
+
+// Container boots a container of [ContainerRelease] that ends with the test, with files put into its root. It is a
+// machine like any other for all the functions here; [vm.StartContainer] says what differs. It skips the test where VM
+// does not ask for that release, and where containers cannot run; with CI=true the latter is a failure.
+func Container(t testing.TB, overlay ...vm.File) *vm.Machine {
+	t.Helper()
+	return StartContainer(t, vm.ContainerConfig{Overlay: overlay})
+}
+
+// StartContainer is Container for what needs more than files, and for other releases. The fields Image and Artifacts may
+// be left out.
+func StartContainer(t testing.TB, cfg vm.ContainerConfig) *vm.Machine {
+	t.Helper()
+	needContainers(t)
+	if cfg.Image == nil {
+		cfg.Image = ContainerImage(t)
+	}
+	if cfg.Artifacts == "" {
+		cfg.Artifacts = Artifacts(t)
+	}
+	m, err := vm.StartContainer(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	endWith(t, m)
+	t.Logf("booted %s in a container in %s", cfg.Image.Release.Name, m.BootTime.Round(time.Second/100))
+	return m
+}
+
+// ContainerImage returns the image of [ContainerRelease]. It skips or fails as Container does.
+func ContainerImage(t testing.TB) *vm.Image {
+	t.Helper()
+	releases := Releases(t) // skips where nothing was asked for
+	i := slices.IndexFunc(releases, func(r vm.Release) bool { return r.Name == ContainerRelease })
+	if i < 0 {
+		t.Skipf("tests in containers were not asked for: they run where %s names %s", SelectEnv, ContainerRelease)
+	}
+	needContainers(t)
+	return Image(t, releases[i])
+}
+
+// needContainers skips the test where containers cannot run, or fails it with CI=true.
+func needContainers(t testing.TB) {
+	t.Helper()
+	Releases(t) // skips where nothing was asked for
+	err := vm.CheckContainers()
+	switch {
+	case err == nil:
+	case os.Getenv("CI") == "true":
+		t.Fatalf("containers cannot run here: %v", err)
+	default:
+		t.Skipf("containers cannot run here: %v", err)
+	}
+}
+
+// endWith ends the machine with the test, and saves the journal before.
+func endWith(t testing.TB, m *vm.Machine) {
+	t.Helper()
 	t.Cleanup(func() {
 		// The test's own context has ended by now.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), collectTimeout)
@@ -133,8 +199,6 @@ func Boot(t testing.TB, cfg vm.Config) *vm.Machine {
 			t.Error(err)
 		}
 	})
-	t.Logf("booted %s with %s in %s", cfg.Image.Release.Name, m.Accel, m.BootTime.Round(time.Second/10))
-	return m
 }
 
 // Artifacts returns the folder for the artifacts of this test, and has a failed test say where it is.
@@ -248,6 +312,24 @@ func Binary(t testing.TB, pkg string) string {
 // fails the test if one fails, or skips: what skips elsewhere should be able to run in the guest.
 func GoTest(t testing.TB, m *vm.Machine, pkg string, args ...string) {
 	t.Helper()
+	RunTests(t, m, TestConfig{Package: pkg, Args: args})
+}
+
+// TestConfig says which tests to run in a guest.
+type TestConfig struct {
+	// Package is the package, as for go test.
+	Package string
+	// Args are the test program's, -test.run=… and so on. -test.v is always there.
+	Args []string
+	// Env is added to the environment that every program in a guest has, and CI=true, which makes our tests fail
+	// rather than skip.
+	Env []string
+}
+
+// RunTests is GoTest for what needs more than arguments.
+func RunTests(t testing.TB, m *vm.Machine, cfg TestConfig) {
+	t.Helper()
+	pkg := cfg.Package
 	out := filepath.Join(t.TempDir(), "test")
 	if err := vm.BuildTest(t.Context(), pkg, out); err != nil {
 		t.Fatal(err)
@@ -258,10 +340,9 @@ func GoTest(t testing.TB, m *vm.Machine, pkg string, args ...string) {
 	}
 	dir := "/run/vm-test/" + filepath.Base(pkg)
 	WriteFile(t, m, dir+"/test", 0o755, binary)
-	// CI is what makes our tests fail rather than skip.
 	res := Exec(t, m, vm.Command{
-		Argv: append([]string{dir + "/test", "-test.v"}, args...),
-		Env:  []string{"CI=true"},
+		Argv: append([]string{dir + "/test", "-test.v"}, cfg.Args...),
+		Env:  append([]string{"CI=true"}, cfg.Env...),
 		Dir:  dir,
 	})
 	output := string(res.Stdout) + string(res.Stderr)

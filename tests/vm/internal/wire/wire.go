@@ -1,8 +1,9 @@
-// Package wire is the protocol between the VM harness and the program it puts into the guest.
+// Package wire is the protocol between the harness and the program it puts into the guest.
 //
 // A frame is four bytes of magic, the lengths of a JSON header and of a raw body as 32-bit big-endian numbers, the
 // header, the body. Both lengths are bounded, so neither side can make the other allocate without limit. The protocol
-// has no authentication: the channel is a virtio-serial port that only the harness and root in the guest can open.
+// has no authentication: the channel is a virtio-serial port, or in a container a Unix socket, that only the harness and
+// root in the guest can open.
 package wire
 
 import (
@@ -17,6 +18,9 @@ import (
 const (
 	// PortName is the name of the virtio-serial port.
 	PortName = "org.guestagent.vm"
+	// SocketDir is the folder in a container that holds the socket instead, SocketName the socket in it.
+	SocketDir  = "/run/vm-guest"
+	SocketName = "guest.sock"
 	// MaxData bounds one file, and each of a program's input and its two outputs.
 	MaxData = 32 << 20
 
@@ -37,7 +41,7 @@ type Op string
 
 // The operations.
 const (
-	// OpHello is sent once by the guest, when it opens the port.
+	// OpHello is sent once by the guest, when it opens the channel.
 	OpHello Op = "hello"
 	// OpRun runs a program: Argv, Env, Dir, and the body as its standard input.
 	OpRun Op = "run"

@@ -1,0 +1,295 @@
+package consumer
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	systemd "github.com/coreos/go-systemd/v22/dbus"
+	"github.com/godbus/dbus/v5"
+)
+
+// ErrLost is matched by the error of a call whose connection to systemd ended,
+// as it does with every daemon-reexec. The caller has to dial again.
+var ErrLost = errors.New("connection to systemd lost")
+
+const (
+	busName      = "org.freedesktop.systemd1"
+	ifaceUnit    = "org.freedesktop.systemd1.Unit"
+	ifaceService = "org.freedesktop.systemd1.Service"
+	unitFolder   = "/org/freedesktop/systemd1/unit/"
+
+	// inFlight is how many units are asked about at once. PID 1 takes one
+	// message at a time, so a few keep it busy; and the questions fit into the
+	// socket's buffer, so that none waits to be written.
+	inFlight = 8
+
+	// writeTimeout bounds the write of one message. It is reached only where
+	// PID 1 reads nothing and earlier questions have filled the socket's buffer.
+	writeTimeout = 10 * time.Second
+)
+
+// A Config says where things are. Every path is absolute.
+type Config struct {
+	Bus    string // PID 1's own socket, /run/systemd/private
+	Store  string // the folder with the credentials, /run/credstore
+	Socket string // the credentials socket, /run/guestagent/credentials.sock
+}
+
+// A Conn is a connection to PID 1, or rather two: one for calls, one for
+// signals. Its methods may be called at the same time. They end with the
+// context's error when the context does, and with [ErrLost] when the connection
+// does; only a PID 1 that has stopped reading can hold up a call for 10 seconds
+// beyond its context, and then the connection is given up.
+type Conn struct {
+	cfg     Config
+	manager *systemd.Conn // makes its calls on calls
+	calls   *dbus.Conn
+	signals *dbus.Conn
+	wires   []*wire // below calls and signals
+
+	mu      sync.Mutex
+	unknown map[property]bool // this systemd does not have them
+}
+
+// Dial connects to PID 1, which lets only root in. The context bounds
+// connecting; the connection then stays until [Conn.Close].
+func Dial(ctx context.Context, cfg Config) (*Conn, error) {
+	return dial(ctx, cfg, func() (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", cfg.Bus)
+	})
+}
+
+// dial is Dial over any two connections that connect returns.
+func dial(ctx context.Context, cfg Config, connect func() (net.Conn, error)) (*Conn, error) {
+	c := &Conn{cfg: cfg, unknown: make(map[property]bool)}
+	var (
+		conns []*dbus.Conn
+		stops []func() bool
+	)
+	manager, err := systemd.NewConnection(func() (*dbus.Conn, error) {
+		raw, err := connect()
+		if err != nil {
+			return nil, err
+		}
+		w := &wire{Conn: raw, r: bufio.NewReader(raw)}
+		c.wires = append(c.wires, w)
+		// Neither the authentication nor go-systemd's first call know a context.
+		stops = append(stops, context.AfterFunc(ctx, func() { _ = w.Close() }))
+		conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+		if err != nil {
+			return nil, err
+		}
+		conns = append(conns, conn)
+		// The uid, so that nothing looks up a user's name. There is no Hello:
+		// PID 1 is the only one at the other end, not a bus.
+		return conn, conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))})
+	})
+	for _, stop := range stops {
+		stop()
+	}
+	if err == nil && ctx.Err() == nil {
+		c.manager, c.calls, c.signals = manager, conns[0], conns[1]
+		return c, nil
+	}
+	for i, w := range c.wires {
+		_ = w.Close()
+		if i < len(conns) {
+			_ = conns[i].Close()
+		}
+	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	return nil, fmt.Errorf("connecting to systemd: %w", err)
+}
+
+// Close ends the connection. Calls that are under way end with [ErrLost].
+func (c *Conn) Close() {
+	// First what is below: godbus waits for a write before it closes.
+	for _, w := range c.wires {
+		_ = w.Close()
+	}
+	c.manager.Close()
+}
+
+// A wire is one connection to PID 1.
+type wire struct {
+	net.Conn
+	r     *bufio.Reader // a message is read in several small pieces
+	ended atomic.Bool   // closed, by either side
+}
+
+// Read reads from the connection by way of the buffer.
+func (w *wire) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	if err != nil {
+		w.ended.Store(true)
+	}
+	return n, err
+}
+
+// Write writes one message, or gives the connection up: after a part of one
+// nothing can follow.
+func (w *wire) Write(p []byte) (int, error) {
+	err := w.SetWriteDeadline(time.Now().Add(writeTimeout))
+	n := 0
+	if err == nil {
+		n, err = w.Conn.Write(p)
+	}
+	if err != nil {
+		_ = w.Close()
+	}
+	return n, err
+}
+
+// Close ends whatever waits for the connection.
+func (w *wire) Close() error {
+	w.ended.Store(true)
+	return w.Conn.Close()
+}
+
+// failure explains why a call ended with err: first of all by ctx's end, then
+// by the connection's.
+func (c *Conn) failure(ctx context.Context, doing string, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		err = ctx.Err()
+	case c.lost():
+		err = ErrLost
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// lost reports whether either connection has ended.
+func (c *Conn) lost() bool {
+	return slices.ContainsFunc(c.wires, func(w *wire) bool { return w.ended.Load() })
+}
+
+// A property is one of an object of systemd's.
+type property struct{ iface, name string }
+
+// values are the properties that an object has, by their names. None of those
+// that this package asks for is in two interfaces.
+type values map[string]dbus.Variant
+
+// get asks for properties of an object, all at once. What this systemd does not
+// know is missing in the result. An error that systemd answered is a dbus.Error.
+func (c *Conn) get(ctx context.Context, path dbus.ObjectPath, wanted ...property) (values, error) {
+	c.mu.Lock()
+	wanted = slices.DeleteFunc(slices.Clone(wanted), func(p property) bool { return c.unknown[p] })
+	c.mu.Unlock()
+
+	obj := c.calls.Object(busName, path)
+	calls := make([]*dbus.Call, len(wanted))
+	for i, p := range wanted {
+		calls[i] = obj.GoWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, make(chan *dbus.Call, 1), p.iface, p.name)
+	}
+	found := make(values, len(wanted))
+	var firstErr error
+	for i, call := range calls {
+		<-call.Done
+		var v dbus.Variant
+		err := call.Store(&v)
+		switch {
+		case err == nil:
+			found[wanted[i].name] = v
+		case isAnswer(err, "org.freedesktop.DBus.Error.UnknownProperty"):
+			c.mu.Lock()
+			c.unknown[wanted[i]] = true
+			c.mu.Unlock()
+		case firstErr == nil:
+			firstErr = c.failure(ctx, "asking systemd for "+wanted[i].name, err)
+		}
+	}
+	return found, firstErr
+}
+
+// isAnswer reports whether err is what systemd answered, and one of the named
+// errors if there are any.
+func isAnswer(err error, names ...string) bool {
+	answer, ok := errors.AsType[dbus.Error](err)
+	return ok && (len(names) == 0 || slices.Contains(names, answer.Name))
+}
+
+// text returns a string property, "" if it is missing.
+func (v values) text(name string) string {
+	s, _ := v[name].Value().(string)
+	return s
+}
+
+// flag returns a boolean property, false if it is missing.
+func (v values) flag(name string) bool {
+	b, _ := v[name].Value().(bool)
+	return b
+}
+
+// number returns an unsigned property of any size, 0 if it is missing.
+func (v values) number(name string) uint64 {
+	switch n := v[name].Value().(type) {
+	case uint32:
+		return uint64(n)
+	case uint64:
+		return n
+	}
+	return 0
+}
+
+// id returns a 128-bit property in hexadecimal, "" if it is missing or zero.
+func (v values) id(name string) string {
+	b, _ := v[name].Value().([]byte)
+	if !slices.ContainsFunc(b, func(c byte) bool { return c != 0 }) {
+		return ""
+	}
+	return hex.EncodeToString(b)
+}
+
+// list stores an array property in dst, nothing if it is missing.
+func (v values) list(name string, dst any) error {
+	value, ok := v[name]
+	if !ok {
+		return nil
+	}
+	if err := value.Store(dst); err != nil {
+		return fmt.Errorf("decoding systemd's %s: %w", name, err)
+	}
+	return nil
+}
+
+// unitPath returns the object path of a unit.
+func unitPath(unit string) dbus.ObjectPath {
+	return dbus.ObjectPath(unitFolder + systemd.PathBusEscape(unit))
+}
+
+// each calls f for 0 to n-1, a few at once, and returns the first error, after
+// which it begins no other.
+func each(n int, f func(i int) error) error {
+	var (
+		wg       sync.WaitGroup
+		next     atomic.Int64
+		once     sync.Once
+		firstErr error
+	)
+	for range min(n, inFlight) {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(n); i = next.Add(1) - 1 {
+				if err := f(int(i)); err != nil {
+					once.Do(func() { firstErr = err })
+					next.Store(int64(n))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return firstErr
+}

@@ -1,0 +1,252 @@
+package consumer
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"slices"
+
+	systemd "github.com/coreos/go-systemd/v22/dbus"
+)
+
+// Find returns the units that load any of names, sorted by name: services,
+// sockets, mounts and swaps that systemd has loaded, whether they are active or
+// not. Loads has only what is among names.
+func (c *Conn) Find(ctx context.Context, names []string) ([]Unit, error) {
+	// Nothing else has credentials: what has an ExecContext, and is no slice.
+	list, err := c.manager.ListUnitsByPatternsContext(ctx, []string{}, []string{"*.service", "*.socket", "*.mount", "*.swap"})
+	if err != nil {
+		return nil, c.failure(ctx, "listing units", err)
+	}
+	// What has no file has no settings.
+	list = slices.DeleteFunc(list, func(u systemd.UnitStatus) bool { return u.LoadState == "not-found" })
+
+	found := make([]Unit, len(list))
+	err = each(len(list), func(i int) error {
+		s, err := c.settings(ctx, list[i].Name)
+		if err != nil {
+			// It may be gone by now.
+			if isAnswer(err) {
+				return nil
+			}
+			return err
+		}
+		loads := s.loads(names, c.cfg)
+		if len(loads) == 0 {
+			return nil
+		}
+		found[i], err = c.describe(ctx, list[i], loads)
+		if isAnswer(err) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	found = slices.DeleteFunc(found, func(u Unit) bool { return u.Name == "" })
+	slices.SortFunc(found, func(a, b Unit) int { return cmp.Compare(a.Name, b.Name) })
+	return found, nil
+}
+
+// Unit returns one unit of any kind, and which of names it loads, which may be
+// none. systemd loads it if it has not yet; a unit that has no file is no
+// error, its LoadState says so.
+func (c *Conn) Unit(ctx context.Context, name string, names []string) (Unit, error) {
+	u, err := c.state(ctx, name)
+	if err != nil {
+		return Unit{}, err
+	}
+	s, err := c.settings(ctx, u.Name)
+	if err != nil {
+		return Unit{}, err
+	}
+	return c.describe(ctx, u, s.loads(names, c.cfg))
+}
+
+// Starting tells what a unit is about to do, when it asks for a credential.
+func (c *Conn) Starting(ctx context.Context, unit string) (Start, error) {
+	u, err := c.state(ctx, unit)
+	if err != nil {
+		return Start{}, err
+	}
+	s, err := c.settings(ctx, u.Name)
+	if err != nil {
+		return Start{}, err
+	}
+	v, err := c.get(ctx, unitPath(u.Name), property{ifaceUnit, "InvocationID"})
+	if err != nil {
+		return Start{}, err
+	}
+	return Start{
+		InvocationID: v.id("InvocationID"),
+		Job:          u.JobId,
+		JobType:      u.JobType,
+		ActiveState:  u.ActiveState,
+		SocketNames:  s.socketNames(c.cfg),
+	}, nil
+}
+
+// Own returns the unit that this process runs in, the type of the job that is
+// pending for it ("" if there is none), and whether what it has put into the fd
+// store outlives its stop: FileDescriptorStorePreserve=yes, from systemd 254.
+func (c *Conn) Own(ctx context.Context) (unit, jobType string, preserve bool, err error) {
+	unit, err = c.manager.GetUnitNameByPID(ctx, uint32(os.Getpid())) //nolint:gosec // a pid is positive
+	if err != nil {
+		return "", "", false, c.failure(ctx, "asking systemd for the own unit", err)
+	}
+	u, err := c.state(ctx, unit)
+	if err != nil {
+		return "", "", false, err
+	}
+	if path.Ext(u.Name) == ".service" {
+		v, err := c.get(ctx, unitPath(u.Name), property{ifaceService, "FileDescriptorStorePreserve"})
+		if err != nil {
+			return "", "", false, err
+		}
+		preserve = v.text("FileDescriptorStorePreserve") == "yes"
+	}
+	return u.Name, u.JobType, preserve, nil
+}
+
+// state returns a unit's state and its pending job.
+func (c *Conn) state(ctx context.Context, unit string) (systemd.UnitStatus, error) {
+	list, err := c.manager.ListUnitsByNamesContext(ctx, []string{unit})
+	switch {
+	case err != nil:
+		return systemd.UnitStatus{}, c.failure(ctx, fmt.Sprintf("looking up unit %q", unit), err)
+	case len(list) != 1:
+		return systemd.UnitStatus{}, fmt.Errorf("looking up unit %q: %w", unit, errNoUnit)
+	}
+	return list[0], nil
+}
+
+var errNoUnit = errors.New("systemd does not know it")
+
+// execInterface returns the D-Bus interface that has the settings of what a
+// unit executes, "" for units that execute nothing.
+func execInterface(unit string) string {
+	switch path.Ext(unit) {
+	case ".service":
+		return ifaceService
+	case ".socket":
+		return "org.freedesktop.systemd1.Socket"
+	case ".mount":
+		return "org.freedesktop.systemd1.Mount"
+	case ".swap":
+		return "org.freedesktop.systemd1.Swap"
+	default:
+		return ""
+	}
+}
+
+// settings asks what a unit says about credentials.
+func (c *Conn) settings(ctx context.Context, unit string) (settings, error) {
+	iface := execInterface(unit)
+	if iface == "" {
+		return settings{}, nil
+	}
+	v, err := c.get(ctx, unitPath(unit),
+		property{iface, "LoadCredential"},
+		property{iface, "LoadCredentialEncrypted"},
+		property{iface, "ImportCredential"},   // from systemd 254
+		property{iface, "ImportCredentialEx"}, // from systemd 257
+		property{iface, "EnvironmentFiles"},
+	)
+	if err != nil {
+		return settings{}, fmt.Errorf("reading the settings of %q: %w", unit, err)
+	}
+	var (
+		s         settings
+		encrypted []loadCredential
+		globs     []string
+		files     []struct {
+			Path     string
+			Optional bool
+		}
+	)
+	err = errors.Join(
+		v.list("LoadCredential", &s.load),
+		v.list("LoadCredentialEncrypted", &encrypted),
+		v.list("ImportCredential", &globs),
+		v.list("ImportCredentialEx", &s.imports),
+		v.list("EnvironmentFiles", &files),
+	)
+	if err != nil {
+		return settings{}, fmt.Errorf("reading the settings of %q: %w", unit, err)
+	}
+	s.load = append(s.load, encrypted...)
+	if _, ok := v["ImportCredentialEx"]; !ok {
+		for _, g := range globs {
+			s.imports = append(s.imports, importCredential{Glob: g})
+		}
+	}
+	for _, f := range files {
+		s.environments = append(s.environments, f.Path)
+	}
+	return s, nil
+}
+
+// describe asks for the rest of a unit.
+func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load) (Unit, error) {
+	wanted := []property{{ifaceUnit, "InvocationID"}, {ifaceUnit, "CanReload"}, {ifaceUnit, "RefuseManualStop"}}
+	isService := execInterface(u.Name) == ifaceService
+	if isService {
+		wanted = append(wanted,
+			property{ifaceService, "Type"},
+			property{ifaceService, "ExecMainStartTimestampMonotonic"},
+			property{ifaceService, "RefreshOnReload"}, // from systemd 260
+		)
+	} else {
+		wanted = append(wanted, property{ifaceUnit, "InactiveExitTimestampMonotonic"})
+	}
+	v, err := c.get(ctx, unitPath(u.Name), wanted...)
+	if err != nil {
+		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
+	}
+	var refreshes []string
+	if err := v.list("RefreshOnReload", &refreshes); err != nil {
+		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
+	}
+	unit := Unit{
+		Name:             u.Name,
+		LoadState:        u.LoadState,
+		ActiveState:      u.ActiveState,
+		SubState:         u.SubState,
+		Loads:            loads,
+		InvocationID:     v.id("InvocationID"),
+		Type:             v.text("Type"),
+		CanReload:        v.flag("CanReload"),
+		RefreshOnReload:  slices.Contains(refreshes, "credentials"),
+		RefuseManualStop: v.flag("RefuseManualStop"),
+	}
+	if u.ActiveState == "inactive" || u.ActiveState == "failed" {
+		return unit, nil
+	}
+	unit.LoadedUSec = v.number("InactiveExitTimestampMonotonic")
+	if isService {
+		unit.LoadedUSec = v.number("ExecMainStartTimestampMonotonic")
+	}
+	if !unit.RefreshOnReload {
+		return unit, nil
+	}
+	v, err = c.get(ctx, unitPath(u.Name),
+		property{ifaceUnit, "StateChangeTimestampMonotonic"},
+		property{ifaceUnit, "ActiveEnterTimestampMonotonic"},
+		property{ifaceService, "ReloadResult"},
+	)
+	if err != nil {
+		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
+	}
+	// The last change of its state is the end of a reload only if it came after
+	// the end of its start, and it loaded something only if that reload
+	// succeeded: a failed one leaves the old credentials where they are.
+	changed := v.number("StateChangeTimestampMonotonic")
+	if u.ActiveState == "active" && changed > v.number("ActiveEnterTimestampMonotonic") && v.text("ReloadResult") == "success" {
+		unit.LoadedUSec = changed
+	}
+	return unit, nil
+}

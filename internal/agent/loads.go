@@ -1,0 +1,423 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/journal"
+
+	"github.com/guestagent/guestagent/consumer"
+	"github.com/guestagent/guestagent/credsocket"
+	"github.com/guestagent/guestagent/credstore"
+)
+
+const (
+	// maxLoads bounds the units that are remembered for what they were handed.
+	maxLoads = 4096
+	// pinUnused is how long the values of one start stay open after the last
+	// request. It costs memory only, and only where they were replaced.
+	pinUnused = 2 * time.Minute
+	// busIdle is how long the connection to PID 1 is kept between requests.
+	busIdle = 5 * time.Second
+	// busRetry is how long a request waits where PID 1 does not answer, as it
+	// does while it executes itself anew.
+	busRetry = time.Second
+)
+
+// loads is what units were handed over the credentials socket, by unit. It is
+// kept beside the store's state, and holds no values.
+type loads map[string]unitLoads
+
+// unitLoads is what one run of a unit was handed.
+type unitLoads struct {
+	InvocationID string `json:"invocationId"`
+	// Reload is the job of the reload that loaded it; 0 where a start did.
+	Reload uint32 `json:"reload,omitempty"`
+	// Generation is the one that was in force when the start asked first: all
+	// it loads is of that.
+	Generation uint64          `json:"generation"`
+	At         time.Time       `json:"at"`
+	Names      map[string]load `json:"names"`
+}
+
+// A load is one value that was handed out. Its generation is that of the set
+// which brought the bytes.
+type load struct {
+	Generation uint64 `json:"generation"`
+	Revision   string `json:"revision"`
+}
+
+// of returns what the run of that invocation was handed as name.
+func (u unitLoads) of(invocation, name string) (load, bool) {
+	if invocation == "" || u.InvocationID != invocation {
+		return load{}, false
+	}
+	l, ok := u.Names[name]
+	return l, ok
+}
+
+// readLoads reads what is remembered. What does not make sense is forgotten:
+// then units count as stale that may not be.
+func readLoads(tx *credstore.Tx) (loads, error) {
+	b, err := tx.Note(credstore.NoteLoads)
+	if errors.Is(err, fs.ErrNotExist) {
+		return loads{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	l := loads{}
+	if err := json.Unmarshal(b, &l); err != nil {
+		return loads{}, nil //nolint:nilerr // as said above
+	}
+	return l, nil
+}
+
+// mayLoad says why a unit may not load a name from the credentials socket; nil
+// where it may.
+func (c *Config) mayLoad(unit, name string) error {
+	if c.Policy.Deny {
+		return errors.New("policy in the guest's configuration is at fault, and so nobody is given anything; guestagent check-config tells where")
+	}
+	restricted := false
+	for pattern, units := range c.Policy.Load {
+		prefix, glob := strings.CutSuffix(pattern, "*")
+		if name != pattern && (!glob || !strings.HasPrefix(name, prefix)) {
+			continue
+		}
+		if matchesUnit(unit, units) {
+			return nil
+		}
+		restricted = true
+	}
+	if restricted {
+		return errors.New("policy.load in the guest's configuration does not let this unit load it")
+	}
+	return nil
+}
+
+// A handout hands values to the units that ask on the credentials socket. One
+// start of a unit gets all its names from one generation.
+type handout struct {
+	a      *Agent
+	cfg    Config
+	log    *slog.Logger
+	server *credsocket.Server
+
+	// Of the goroutine that decides.
+	pins  map[string]*pin
+	asked map[credsocket.Request]string // who was said to wait, with the invocation
+	bus   sharedBus
+
+	mu     sync.Mutex
+	loads  loads
+	dirty  bool
+	saver  sync.Mutex // one goroutine writes at a time
+	saving sync.WaitGroup
+}
+
+// A pin is what one start of a unit loads: open files, which stay what they
+// are whatever is put in force meanwhile.
+type pin struct {
+	invocation string
+	reload     uint32
+	generation uint64
+	values     map[string]pinned
+	used       time.Time
+}
+
+type pinned struct {
+	file  *os.File
+	entry credstore.Entry
+}
+
+func (p *pin) close() {
+	for _, v := range p.values {
+		_ = v.file.Close()
+	}
+}
+
+func (a *Agent) newHandout(cfg Config, log *slog.Logger) (*handout, error) {
+	h := &handout{a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{}}
+	h.bus.dial = a.pid1
+	tx, err := a.store().View()
+	if err != nil {
+		return nil, err
+	}
+	defer tx.Close()
+	if h.loads, err = readLoads(tx); err != nil {
+		return nil, err
+	}
+	h.server = &credsocket.Server{Decide: h.decide, Wait: cfg.Socket.Wait, Log: log}
+	return h, nil
+}
+
+// decide says what becomes of a request: see [credsocket.Server].
+func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.Decision {
+	refuse := func(err error) credsocket.Decision { return credsocket.Decision{Refuse: err} }
+	h.unpin()
+	if err := h.cfg.mayLoad(r.Unit, r.Name); err != nil {
+		return refuse(err)
+	}
+	start, err := h.starting(ctx, r.Unit)
+	if err != nil {
+		if ctx.Err() == nil {
+			h.log.Warn("asking systemd about a unit that loads a credential failed, trying again", slog.String("unit", r.Unit), slog.String("error", err.Error()))
+			time.AfterFunc(busRetry, h.server.Retry)
+		}
+		return credsocket.Decision{}
+	}
+	if start.InvocationID == "" {
+		return refuse(errors.New("systemd has not started such a unit"))
+	}
+	reload := uint32(0)
+	if start.JobType == "reload" {
+		reload = start.Job
+	}
+	p := h.pins[r.Unit]
+	if p == nil || p.invocation != start.InvocationID || reload != 0 && p.reload != reload {
+		if p != nil {
+			p.close()
+			delete(h.pins, r.Unit)
+		}
+		var missing string
+		if p, missing, err = h.pin(r, start, reload); err != nil {
+			return refuse(err)
+		}
+		if p == nil {
+			h.waits(r, start.InvocationID, missing)
+			return credsocket.Decision{}
+		}
+		h.pins[r.Unit] = p
+	}
+	p.used = time.Now()
+	v, ok := p.values[r.Name]
+	if !ok {
+		// Not among what systemd says the unit loads: its definition changed
+		// after it was started.
+		return refuse(errors.New("the unit's definition changed while it started"))
+	}
+	file, err := dup(v.file)
+	if err != nil {
+		return refuse(err)
+	}
+	return credsocket.Decision{Value: file, Size: v.entry.Size, Given: func() { h.given(r, p, v.entry) }}
+}
+
+// pin opens all that the unit loads over the socket, in one look at the store.
+// A nil pin without an error means that something has not arrived yet.
+func (h *handout) pin(r credsocket.Request, start consumer.Start, reload uint32) (_ *pin, missing string, err error) {
+	tx, err := h.a.store().View()
+	if err != nil {
+		return nil, "", err
+	}
+	defer tx.Close()
+	p := &pin{invocation: start.InvocationID, reload: reload, generation: tx.Generation(), values: map[string]pinned{}}
+	defer func() {
+		if err != nil || missing != "" {
+			p.close()
+		}
+	}()
+	h.mu.Lock()
+	before, known := h.loads[r.Unit]
+	h.mu.Unlock()
+	// An agent that was restarted in the middle of a start does not have the
+	// files any more that the start began with.
+	known = known && before.InvocationID == start.InvocationID && before.Reload == reload && inProgress(start)
+	for _, name := range append([]string{r.Name}, start.SocketNames...) {
+		if _, ok := p.values[name]; ok || name != r.Name && h.cfg.mayLoad(r.Unit, name) != nil {
+			continue
+		}
+		file, e, err := tx.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, name, nil
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		p.values[name] = pinned{file, e}
+		if known && e.Generation > before.Generation {
+			return nil, "", fmt.Errorf("%s changed in the middle of this start, which has values of generation %d already; start the unit again", name, before.Generation)
+		}
+	}
+	if known {
+		p.generation = before.Generation
+	}
+	return p, "", nil
+}
+
+// inProgress reports whether a unit is being started or reloaded.
+func inProgress(s consumer.Start) bool {
+	return s.Job != 0 || s.ActiveState == "activating" || s.ActiveState == "reloading" || s.ActiveState == "refreshing"
+}
+
+// waits says once, for each start, that a unit waits, and for what.
+func (h *handout) waits(r credsocket.Request, invocation, missing string) {
+	if h.asked[r] == invocation {
+		return
+	}
+	if len(h.asked) >= maxLoads {
+		clear(h.asked)
+	}
+	h.asked[r] = invocation
+	h.log.Info("a unit waits for a credential", slog.String("unit", r.Unit), slog.String("credential", missing))
+}
+
+// unpin closes what no start needs any more.
+func (h *handout) unpin() {
+	for unit, p := range h.pins {
+		if time.Since(p.used) > pinUnused {
+			p.close()
+			delete(h.pins, unit)
+		}
+	}
+}
+
+func (h *handout) starting(ctx context.Context, unit string) (consumer.Start, error) {
+	bus, err := h.bus.get(ctx)
+	if err != nil {
+		return consumer.Start{}, err
+	}
+	s, err := bus.Starting(ctx, unit)
+	h.bus.put(err != nil)
+	return s, err
+}
+
+// given records that a value was handed out, for the journal and for telling
+// who is stale. A value that was handed out and not recorded makes its unit
+// count as stale.
+func (h *handout) given(r credsocket.Request, p *pin, e credstore.Entry) {
+	h.a.audit(h.log, r, e)
+	h.mu.Lock()
+	u := h.loads[r.Unit]
+	if u.InvocationID != p.invocation || u.Reload != p.reload {
+		u = unitLoads{InvocationID: p.invocation, Reload: p.reload, Names: map[string]load{}}
+		if p.reload != 0 && h.loads[r.Unit].InvocationID == p.invocation {
+			// What a reload does not load it keeps.
+			maps.Copy(u.Names, h.loads[r.Unit].Names)
+		}
+	}
+	u.Generation, u.At = p.generation, time.Now().UTC()
+	u.Names[r.Name] = load{Generation: e.Generation, Revision: e.Revision}
+	h.loads[r.Unit] = u
+	if len(h.loads) > maxLoads {
+		oldest := slices.MinFunc(slices.Collect(maps.Keys(h.loads)), func(x, y string) int { return h.loads[x].At.Compare(h.loads[y].At) })
+		delete(h.loads, oldest)
+	}
+	h.dirty = true
+	h.mu.Unlock()
+	h.saving.Go(h.save)
+}
+
+// save writes what is remembered, if that has changed since it was written.
+// When it returns, it is written, or the journal says why not.
+func (h *handout) save() {
+	h.saver.Lock()
+	defer h.saver.Unlock()
+	h.mu.Lock()
+	dirty := h.dirty
+	h.dirty = false
+	b, err := json.Marshal(h.loads)
+	h.mu.Unlock()
+	if !dirty {
+		return
+	}
+	if err == nil {
+		var tx *credstore.Tx
+		if tx, err = h.a.store().Begin(); err == nil {
+			err = tx.SetNote(credstore.NoteLoads, b)
+			tx.Close()
+		}
+	}
+	if err != nil {
+		h.log.Error("recording who was handed what failed; units may count as stale that are not", slog.String("error", err.Error()))
+	}
+}
+
+// close lets go of everything. It must not be called while the server serves.
+func (h *handout) close() {
+	for _, p := range h.pins {
+		p.close()
+	}
+	h.pins = nil
+	h.bus.close()
+	h.saving.Wait()
+	h.save()
+}
+
+// audit leaves a line in the journal, with fields to search for, that a unit
+// was handed a credential. It never has the value.
+func (a *Agent) audit(log *slog.Logger, r credsocket.Request, e credstore.Entry) {
+	message := fmt.Sprintf("%s loaded credential %s", r.Unit, r.Name)
+	vars := map[string]string{
+		"UNIT": r.Unit, "CREDENTIAL": r.Name, "REVISION": e.Revision, "GENERATION": strconv.FormatUint(e.Generation, 10),
+		"SYSLOG_IDENTIFIER": "guestagent",
+	}
+	send := journal.Send
+	if a.sendJournal != nil {
+		send = a.sendJournal
+	}
+	if err := send(message, journal.PriInfo, vars); err != nil {
+		log.Info("a unit loaded a credential", slog.String("unit", r.Unit), slog.String("credential", r.Name),
+			slog.String("revision", e.Revision), slog.Uint64("generation", e.Generation))
+	}
+}
+
+// A sharedBus is a connection to PID 1 that is kept for a while.
+type sharedBus struct {
+	dial func(context.Context) (systemd, error)
+
+	mu    sync.Mutex
+	conn  systemd // nil: none
+	inUse bool
+	timer *time.Timer
+}
+
+// get returns the connection, for one user at a time, until put.
+func (b *sharedBus) get(ctx context.Context) (systemd, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.conn == nil {
+		conn, err := b.dial(ctx)
+		if err != nil {
+			return nil, err
+		}
+		b.conn = conn
+	}
+	if b.timer != nil {
+		b.timer.Stop()
+	}
+	b.inUse = true
+	return b.conn, nil
+}
+
+// put gives the connection back, which may be broken.
+func (b *sharedBus) put(broken bool) {
+	b.mu.Lock()
+	b.inUse = false
+	b.timer = time.AfterFunc(busIdle, b.close)
+	b.mu.Unlock()
+	if broken {
+		b.close()
+	}
+}
+
+func (b *sharedBus) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.conn != nil && !b.inUse {
+		b.conn.Close()
+		b.conn = nil
+	}
+}

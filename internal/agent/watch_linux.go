@@ -1,0 +1,115 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/guestagent/guestagent/credstore"
+)
+
+// dropPause is the least time between two attempts to drop old values.
+const dropPause = time.Second
+
+// watchStore looks after what another process, such as the import, changes in
+// the store: units that wait may have what they wait for. It also drops values
+// that are kept for rollback once they are old enough.
+func (c credentials) watchStore() {
+	changed := make(chan struct{}, 1)
+	changed <- struct{}{} // look at what is there
+	c.work.wg.Go(func() {
+		if err := inotify(c.work.ctx, c.a.path(pathStore), changed); err != nil && c.work.ctx.Err() == nil {
+			c.log.Error("watching the store failed; units that wait learn of what the host pushes only", slog.String("error", err.Error()))
+		}
+	})
+	c.work.wg.Go(func() {
+		var release func()
+		for {
+			var timer <-chan time.Time
+			if left, ok := c.previousLeft(); ok {
+				timer = time.After(max(left, dropPause))
+				if release == nil {
+					release = c.work.busy.hold()
+				}
+			} else if release != nil {
+				release()
+				release = nil
+			}
+			select {
+			case <-changed:
+				if c.hand != nil {
+					c.hand.server.Retry()
+				}
+			case <-timer:
+				c.dropPrevious()
+			case <-c.work.ctx.Done():
+				if release != nil {
+					release()
+				}
+				return
+			}
+		}
+	})
+}
+
+// previousLeft is how long what is kept for rollback is kept still; false where
+// nothing is, or for as long as there is no other set.
+func (c credentials) previousLeft() (time.Duration, bool) {
+	if c.cfg.Previous.TTL == 0 {
+		return 0, false
+	}
+	tx, err := c.a.store().View()
+	if err != nil {
+		return 0, false
+	}
+	defer tx.Close()
+	if !tx.HasPrevious() || tx.Trial() != nil {
+		return 0, false
+	}
+	age := time.Duration(credstore.MonotonicUSec()-tx.ChangedUSec()) * time.Microsecond //nolint:gosec // since boot
+	return max(0, c.cfg.Previous.TTL-age), true
+}
+
+func (c credentials) dropPrevious() {
+	if left, ok := c.previousLeft(); !ok || left > 0 {
+		return // another set came in between
+	}
+	tx, err := c.a.store().Begin()
+	if err == nil {
+		err = tx.DropPrevious()
+		tx.Close()
+	}
+	if err != nil {
+		c.log.Warn("dropping previous values failed", slog.String("error", err.Error()))
+	}
+}
+
+// inotify says when a file in the folder got its name or lost it, until ctx ends.
+func inotify(ctx context.Context, dir string, changed chan<- struct{}) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return os.NewSyscallError("inotify_init1", err)
+	}
+	f := os.NewFile(uintptr(fd), "inotify")
+	defer context.AfterFunc(ctx, func() { _ = f.Close() })()
+	defer f.Close()
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_ONLYDIR); err != nil {
+		return os.NewSyscallError("inotify_add_watch", err)
+	}
+	b := make([]byte, 4096) // whatever it says, all is looked at anew
+	for {
+		if _, err := f.Read(b); err != nil {
+			return err
+		}
+		select {
+		case changed <- struct{}{}:
+		default:
+		}
+	}
+}

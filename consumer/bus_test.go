@@ -134,8 +134,8 @@ func TestStuck(t *testing.T) {
 func TestStuckWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, c := newFake(t)
-		m.mu.Lock() // which it needs to answer
-		defer m.mu.Unlock()
+		m.busy = make(chan struct{})
+		defer close(m.busy)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		began := time.Now()

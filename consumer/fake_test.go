@@ -25,8 +25,9 @@ type fakeManager struct {
 	mu     sync.Mutex
 	units  map[string]map[property]any
 	call   func(member string, args []any) ([]any, error)
-	silent bool     // reads, and answers nothing but the authentication
-	asked  []string // every property, "UNIT INTERFACE.NAME"
+	silent bool          // reads, and answers nothing but the authentication
+	busy   chan struct{} // if not nil, it does nothing more until this is closed
+	asked  []string      // every property, "UNIT INTERFACE.NAME"
 	conns  []*fakeConn
 }
 
@@ -142,8 +143,11 @@ func (m *fakeManager) answer(msg *dbus.Message) ([]any, error) {
 	member, _ := msg.Headers[dbus.FieldMember].Value().(string)
 	path, _ := msg.Headers[dbus.FieldPath].Value().(dbus.ObjectPath)
 	m.mu.Lock()
-	silent, call := m.silent, m.call
+	silent, busy, call := m.silent, m.busy, m.call
 	m.mu.Unlock()
+	if busy != nil {
+		<-busy
+	}
 	switch {
 	case iface == "org.freedesktop.DBus":
 		return nil, busError("org.freedesktop.DBus.Error.UnknownObject", "PID 1 is no bus")

@@ -35,7 +35,8 @@ func TestLoads(t *testing.T) {
 		{
 			"ID before import",
 			settings{load: []loadCredential{{"a", "/etc/a"}, {"b", "b"}}, imports: []importCredential{{"*", ""}}},
-			[]string{"a", "b", "c"}, []Load{{"b", "b", WayFile}, {"c", "c", WayImport}},
+			[]string{"a", "b", "c"},
+			[]Load{{"b", "b", WayFile}, {"c", "c", WayImport}},
 		},
 		{"environment", settings{environments: []string{store + "/a", "/etc/b", "a"}}, []string{"a", "b"}, []Load{{"a", "", WayEnvironment}}},
 		{"environment, glob", settings{environments: []string{store + "/*.env"}}, []string{"a.env", "b", ".c.env"}, []Load{{"a.env", "", WayEnvironment}}},

@@ -93,28 +93,27 @@ func store(t testing.TB, names ...string) {
 func unit(t testing.TB, name string, lines ...string) {
 	t.Helper()
 	kind := strings.TrimPrefix(filepath.Ext(name), ".")
-	text := "[Unit]\n"
+	var text strings.Builder
+	text.WriteString("[Unit]\n")
 	for _, line := range lines {
 		if line, ok := strings.CutPrefix(line, "Unit:"); ok {
-			text += line + "\n"
+			text.WriteString(line + "\n")
 		}
 	}
-	text += "[" + strings.ToUpper(kind[:1]) + kind[1:] + "]\n"
+	text.WriteString("[" + strings.ToUpper(kind[:1]) + kind[1:] + "]\n")
 	for _, line := range lines {
 		if !strings.HasPrefix(line, "Unit:") {
-			text += line + "\n"
+			text.WriteString(line + "\n")
 		}
 	}
-	if err := os.WriteFile(filepath.Join("/run/systemd/system", name), []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join("/run/systemd/system", name), []byte(text.String()), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// forever is a service's command that runs until it is stopped.
-//
-// Without Type=, systemd makes it simple, or exec if it loads credentials (from
-// 254): see systemd.service(5).
-const forever = "Type=simple\nExecStart=/bin/sleep infinity"
+// forever is a service's command that runs until it is stopped. With Type=exec
+// it counts as started once it has its credentials; with simple, before.
+const forever = "Type=exec\nExecStart=/bin/sleep infinity"
 
 // monotonic returns CLOCK_MONOTONIC in µs.
 func monotonic(t *testing.T) uint64 {
@@ -123,7 +122,7 @@ func monotonic(t *testing.T) uint64 {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		t.Fatal(err)
 	}
-	return uint64(now.Nano() / 1000)
+	return uint64(now.Nano() / 1000) //nolint:gosec // it counts from the boot
 }
 
 // version returns systemd's major version.
@@ -261,8 +260,8 @@ func TestLiveFind(t *testing.T) {
 		if u.LoadedUSec < before || u.LoadedUSec > after {
 			t.Errorf("Find: %s loaded at %d, want it between %d and %d", u.Name, u.LoadedUSec, before, after)
 		}
-		if filepath.Ext(u.Name) == ".service" && u.Type != "simple" {
-			t.Errorf("Find: %s is of type %q, want simple", u.Name, u.Type)
+		if filepath.Ext(u.Name) == ".service" && u.Type != "exec" {
+			t.Errorf("Find: %s is of type %q, want exec", u.Name, u.Type)
 		}
 		checkLoaded(t, u)
 		if one, err := c.Unit(ctx, u.Name, []string{a, b}); err != nil || !reflect.DeepEqual(one, u) {
@@ -384,7 +383,7 @@ func TestLiveStarting(t *testing.T) {
 		}
 		starts <- s
 	})
-	unit(t, "gatest-start.service", forever, "Type=exec", "LoadCredential=one:/run/gatest/credentials.sock",
+	unit(t, "gatest-start.service", forever, "LoadCredential=one:/run/gatest/credentials.sock",
 		"LoadCredential=two:/run/gatest/credentials.sock", "LoadCredential=three:/run/gatest/elsewhere/..//credentials.sock")
 	systemctl(t, "daemon-reload")
 
@@ -427,7 +426,7 @@ func TestLiveRun(t *testing.T) {
 		"gatest-fail.service":     {ActionRestart, []string{"Type=oneshot", "ExecStart=/bin/sh -c 'exit 7'"}, true, "failed", "", "failed (result exit-code, exit status 7)", false},
 		"gatest-needs.service":    {ActionRestart, []string{forever, "Unit:Requires=gatest-fail.service", "Unit:After=gatest-fail.service"}, true, "dependency", "", "inactive (dead)", true},
 		"gatest-missing.service":  {ActionTryRestart, []string{forever, "LoadCredential=x:/run/gatest/nothing"}, true, "done", "", "inactive (dead)", true},
-		"gatest-missing2.service": {ActionRestart, []string{forever, "Type=exec", "LoadCredential=x:/run/gatest/nothing"}, true, "failed", "", "failed (result exit-code, exit status 243/CREDENTIALS)", false},
+		"gatest-missing2.service": {ActionRestart, []string{forever, "LoadCredential=x:/run/gatest/nothing"}, true, "failed", "", "failed (result exit-code, exit status 243/CREDENTIALS)", false},
 		"gatest-manual.service":   {ActionTryRestart, []string{forever, "Unit:RefuseManualStop=yes"}, false, ResultRefused, "OnlyByDependency", "active (running)", true},
 		"gatest-wait.service":     {ActionRestart, []string{"Type=oneshot", "ExecStart=/bin/cat /run/gatest/fifo"}, true, "canceled", "", "", false},
 		"gatest-oneshot.service":  {ActionRestart, []string{"Type=oneshot", "RemainAfterExit=yes", "ExecStart=/bin/true"}, true, "done", "", "active (exited)", false},
@@ -498,7 +497,7 @@ func TestLiveRun(t *testing.T) {
 // start it any more.
 func TestLiveStartLimit(t *testing.T) {
 	ctx, c := live(t)
-	unit(t, "gatest-limit.service", "ExecStart=/bin/sleep infinity", "Type=exec", "ExecCondition=/bin/sh -c 'test -e /run/gatest/good || exit 255'",
+	unit(t, "gatest-limit.service", forever, "ExecCondition=/bin/sh -c 'test -e /run/gatest/good || exit 255'",
 		"Unit:StartLimitBurst=1", "Unit:StartLimitIntervalSec=1h")
 	systemctl(t, "daemon-reload")
 	systemctl(t, "start", "gatest-limit.service")
@@ -588,6 +587,68 @@ func TestLiveWatch(t *testing.T) {
 	}
 }
 
+// TestLiveRefreshOnReload has a service that gets a new value without a restart.
+func TestLiveRefreshOnReload(t *testing.T) {
+	ctx, c := live(t)
+	if v := version(t); v < 260 {
+		t.Skipf("systemd %d does not know RefreshOnReload=credentials: run it where systemd is 260 or later", v)
+	}
+	store(t, "gatest-a")
+	const name, file = "gatest-refresh.service", "/run/credstore/gatest-a"
+	unit(t, name, forever, "ExecReload=/bin/true", "RefreshOnReload=credentials", "LoadCredential=x:"+file)
+	systemctl(t, "daemon-reload")
+	systemctl(t, "start", name)
+	get := func() (u Unit, value string) {
+		u, err := c.Unit(ctx, name, []string{"gatest-a"})
+		if err != nil || !u.RefreshOnReload || !u.CanReload || u.ActiveState != "active" {
+			t.Fatalf("Unit = %+v, %v, want it active, with RefreshOnReload", u, err)
+		}
+		b, err := os.ReadFile("/run/credentials/" + name + "/x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u, string(b)
+	}
+	reload := func() string {
+		results, err := c.Run(ctx, []Job{{name, ActionReload}}, nil)
+		if err != nil || len(results) != 1 {
+			t.Fatalf("Run = %+v, %v", results, err)
+		}
+		return results[0].Result
+	}
+	started, value := get()
+	if value != "gatest-a" {
+		t.Fatalf("the value is %q, want %q", value, "gatest-a")
+	}
+
+	if err := errors.Join(os.Remove(file), os.WriteFile(file, []byte("new"), 0o400)); err != nil {
+		t.Fatal(err)
+	}
+	installed := monotonic(t)
+	if started.LoadedUSec >= installed {
+		t.Errorf("loaded at %d, want it before %d", started.LoadedUSec, installed)
+	}
+	if result := reload(); result != "done" {
+		t.Fatalf("Run = %s, want done", result)
+	}
+	reloaded, value := get()
+	if value != "new" || reloaded.InvocationID != started.InvocationID || reloaded.LoadedUSec <= installed {
+		t.Errorf("after the reload: %q, %+v, want the new value in the same invocation, loaded after %d", value, reloaded, installed)
+	}
+
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if result := reload(); result != "failed" {
+		t.Errorf("Run without the file = %s, want failed", result)
+	}
+	kept, value := get()
+	if value != "new" || kept.LoadedUSec > reloaded.LoadedUSec {
+		t.Errorf("after the failed reload: %q, %+v, want the old value, loaded not after %d", value, kept, reloaded.LoadedUSec)
+	}
+	store(t, "gatest-a") // which the end removes
+}
+
 func TestLiveOwn(t *testing.T) {
 	ctx, c := live(t)
 	cgroup, err := os.ReadFile("/proc/self/cgroup")
@@ -596,12 +657,12 @@ func TestLiveOwn(t *testing.T) {
 	}
 	var want string
 	for line := range strings.Lines(string(cgroup)) {
-		if name := filepath.Base(strings.TrimSpace(line)); strings.Contains(line, "::") || strings.Contains(line, "name=systemd:") {
+		if name := filepath.Base(strings.TrimSpace(line)); strings.HasSuffix(name, ".service") {
 			want = name
 		}
 	}
-	if !strings.HasSuffix(want, ".service") {
-		t.Skipf("this process is in %q, not in a service: run it with systemd-run", want)
+	if want == "" {
+		t.Skipf("this process is in no service: run it with systemd-run --wait --pipe\n%s", cgroup)
 	}
 	name, jobType, preserve, err := c.Own(ctx)
 	if err != nil || name != want || preserve {

@@ -93,7 +93,8 @@ func FuzzStoredName(f *testing.F) {
 			}
 			return
 		}
-		if at < 0 || at%time.Microsecond != 0 || !strings.HasPrefix(name, storedName(at, 0)[:len(storedName(at, 0))-1]) {
+		prefix, _, _ := strings.Cut(storedName(at, 0)[len(storedPrefix):], "-")
+		if at < 0 || at%time.Microsecond != 0 || !strings.HasPrefix(name, storedPrefix+prefix+"-") {
 			t.Errorf("parseStoredName(%q) = %v", name, at)
 		}
 	})

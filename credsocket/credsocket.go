@@ -106,8 +106,8 @@ type Server struct {
 	// DefaultMaxWaiting where it is 0. More are not accepted: they wait in the
 	// backlog of the socket.
 	MaxWaiting int
-	// UID is whose connections are answered. It is root's but in tests.
-	UID uint32
+	// UID is whose connections are answered. It is 0, root's, but in tests.
+	UID int
 	// Busy, where it is not nil, is called with the number of connections that
 	// are held, whenever that changes. It is called from the server's one loop
 	// and must not block.
@@ -150,8 +150,10 @@ func parseStoredName(name string) (accepted time.Duration, ok bool) {
 		return 0, false
 	}
 	accepted = time.Duration(usec) * time.Microsecond
-	// Only what storedName says is one of ours: no sign, no leading zero.
-	return accepted, storedName(accepted, n) == name
+	if storedName(accepted, n) != name { // a sign, a leading zero, an upper-case digit
+		return 0, false
+	}
+	return accepted, true
 }
 
 // IsStored reports whether a name from $LISTEN_FDNAMES is that of a connection

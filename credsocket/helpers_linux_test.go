@@ -159,7 +159,7 @@ func (st *pid1Store) restored(t testing.TB) []*os.File {
 	var files []*os.File
 	kept := st.fds[:0]
 	for _, s := range st.fds {
-		p := []unix.PollFd{{Fd: int32(s.fd)}}
+		p := []unix.PollFd{{Fd: int32(s.fd)}} //nolint:gosec // descriptors are small
 		if _, err := unix.Poll(p, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -237,9 +237,10 @@ func randomUint64() uint64 {
 func (u *unit) read() *unit {
 	go func() {
 		defer close(u.got)
-		b, err := io.ReadAll(io.LimitReader(u.conn, credential.MaxSize+1))
-		if err == nil {
-			u.got <- b
+		b := make([]byte, credential.MaxSize+1)
+		n, err := io.ReadFull(u.conn, b)
+		if err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			u.got <- b[:n]
 		}
 		_ = u.conn.Close()
 	}()
@@ -272,14 +273,16 @@ func brief(b []byte) string {
 	return fmt.Sprintf("%q", b)
 }
 
-// value is what the tests' units want: n bytes that tell their place.
-func value(n int) []byte {
+// value is what the tests' units want: n bytes, up to 1 MiB, that tell their place.
+func value(n int) []byte { return largest()[:n:n] }
+
+var largest = sync.OnceValue(func() []byte {
 	var b bytes.Buffer
-	for b.Len() < n {
+	for b.Len() < credential.MaxSize {
 		fmt.Fprintf(&b, "%08d", b.Len())
 	}
-	return b.Bytes()[:n]
-}
+	return b.Bytes()
+})
 
 // given is a decision to give these bytes.
 func given(t testing.TB, b []byte) Decision {
@@ -319,8 +322,8 @@ type running struct {
 func start(t testing.TB, s *Server, l *os.File, restored []*os.File) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	r := &running{Server: s, t: t, cancel: cancel, done: make(chan struct{}), busy: make(chan int, 1<<16), logs: &logs{}}
-	s.UID = uint32(os.Getuid())
+	r := &running{Server: s, t: t, cancel: cancel, done: make(chan struct{}), busy: make(chan int, 1<<12), logs: &logs{}}
+	s.UID = os.Getuid()
 	s.Busy = func(n int) { r.busy <- n }
 	s.Log = slog.New(slog.NewTextHandler(r.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	go func() {
@@ -388,6 +391,12 @@ func (l *logs) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.Write(p)
+}
+
+func (l *logs) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b.Reset()
 }
 
 func (l *logs) String() string {

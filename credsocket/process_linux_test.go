@@ -47,13 +47,13 @@ func child() error {
 		return errors.New("no store")
 	}
 	var restored []*os.File
-	for i, name := range strings.Split(strings.TrimPrefix(os.Getenv(childEnv), "listener"), ":")[1:] {
+	for i, name := range strings.Split(os.Getenv(childEnv), ":")[1:] {
 		unix.CloseOnExec(childStored + i)
 		restored = append(restored, os.NewFile(uintptr(childStored+i), name))
 	}
 	asked := make(map[Request]int)
 	s := &Server{
-		Store: store, UID: uint32(os.Getuid()),
+		Store: store, UID: os.Getuid(),
 		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
 		Decide: func(_ context.Context, r Request) Decision {
 			if strings.HasPrefix(r.Name, "refused") {
@@ -236,12 +236,12 @@ func TestKilledProcess(t *testing.T) {
 		page[0] = 0
 		restored := p.restored(t)
 		cmd := exec.Command(self)
-		names := "listener"
+		names := []string{"listener"}
 		cmd.ExtraFiles = append([]*os.File{l, pageFile}, restored...)
 		for _, f := range restored {
-			names += ":" + f.Name()
+			names = append(names, f.Name())
 		}
-		cmd.Env = append(os.Environ(), childEnv+"="+names, "NOTIFY_SOCKET="+p.addr.Name)
+		cmd.Env = append(os.Environ(), childEnv+"="+strings.Join(names, ":"), "NOTIFY_SOCKET="+p.addr.Name)
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
 		if err := cmd.Start(); err != nil {
@@ -301,7 +301,7 @@ func TestSystemdStore(t *testing.T) {
 		if !ok {
 			t.Fatalf("SystemdStore() with %q = false", path)
 		}
-		defer unix.Close(st.(*systemdStore).socket)
+		defer func() { _ = unix.Close(st.(*systemdStore).socket) }()
 		if err := st.Keep("credential-1-2", int(os.Stdin.Fd())); err != nil {
 			t.Fatal(err)
 		}

@@ -89,6 +89,9 @@ type loop struct {
 	reported int  // what Busy knows
 	buf      []byte
 
+	fds    []unix.PollFd // of wait
+	polled []*conn       // whose they are
+
 	acceptAgain   time.Duration
 	strangers     int
 	strangerAgain time.Duration
@@ -167,8 +170,8 @@ func (s *Server) Retry() {
 // FailWaiting fails the units that wait, and accepts no connection any more. It
 // is for a process that is about to end where its store ends with it: before
 // systemd 254, which has FileDescriptorStorePreserve=, and with no store at
-// all. It returns at once; Serve, when its context has ended, lets the answers
-// finish. It may be called from any goroutine at any time, also before Serve.
+// all. It returns at once. Call it before the context of Serve ends: then Serve
+// lets the answers finish. It may be called from any goroutine, also before Serve.
 func (s *Server) FailWaiting() {
 	s.mu.Lock()
 	s.fail = true
@@ -200,11 +203,19 @@ func (s *Server) wake() {
 	}
 }
 
-// decide calls Decide, and refuses where that panics.
+// decide calls Decide, and refuses where that panics. What was decided while ctx
+// ended lets the request wait: it may be a refusal that nobody meant. The next
+// process asks again.
 func (s *Server) decide(ctx context.Context, log *slog.Logger, r Request) (d Decision) {
 	if s.Decide == nil {
 		return Decision{Refuse: errNoDecide}
 	}
+	defer func() {
+		if ctx.Err() != nil {
+			d.discard()
+			d = Decision{}
+		}
+	}()
 	defer func() {
 		if v := recover(); v != nil {
 			// Not the value: nobody knows what is in it.
@@ -309,8 +320,6 @@ func (l *loop) settle() {
 	c := l.asked
 	l.asked = nil
 	switch {
-	// A decision that was cut short by the end of ctx may be a refusal that
-	// nobody meant. The next process asks again.
 	case l.stopping, c.gone, c.answer != nil:
 		d.discard()
 	case d.Refuse != nil:
@@ -371,8 +380,9 @@ func (l *loop) report() {
 func (l *loop) wait(now, until time.Duration) error {
 	// The peers shut their writing sides before they came, so reading says
 	// nothing. Without any event asked for, poll(2) tells that a peer is gone.
-	fds := make([]unix.PollFd, 0, len(l.held)+2)
-	for _, c := range l.held {
+	fds := l.fds[:0]
+	l.polled = append(l.polled[:0], l.held...)
+	for _, c := range l.polled {
 		p := unix.PollFd{Fd: int32(c.fd)} //nolint:gosec // descriptors are small
 		if c.answer != nil && !c.answer.stuck {
 			p.Events = unix.POLLOUT
@@ -383,6 +393,7 @@ func (l *loop) wait(now, until time.Duration) error {
 	if l.accepting(now) {
 		fds = append(fds, unix.PollFd{Fd: int32(l.listener), Events: unix.POLLIN}) //nolint:gosec // descriptors are small
 	}
+	l.fds = fds
 	timeout := -1
 	if until > 0 {
 		// Rounded up, so that the time has come afterwards.
@@ -395,7 +406,7 @@ func (l *loop) wait(now, until time.Duration) error {
 		}
 		return fmt.Errorf("polling: %w", err)
 	}
-	for i, c := range slices.Clone(l.held) {
+	for i, c := range l.polled {
 		switch e := fds[i].Revents; {
 		case e&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0:
 			l.log.Debug("a unit does not want its credential any more", c.attrs()...)
@@ -498,7 +509,7 @@ func connected(fd int) error {
 // meet looks at who came, by what the kernel says, and has it decided on.
 func (l *loop) meet(c *conn) {
 	cred, err := unix.GetsockoptUcred(c.fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-	if err != nil || cred.Uid != l.UID {
+	if err != nil || int64(cred.Uid) != int64(l.UID) {
 		// It is not PID 1, and an empty credential of its own making is no harm.
 		l.stranger(cred)
 		l.remove(c)

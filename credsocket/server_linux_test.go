@@ -182,7 +182,7 @@ func TestStranger(t *testing.T) {
 	}}
 	r := start(t, s, l, nil)
 	r.stop()
-	s = &Server{Store: store, Decide: s.Decide, Log: s.Log, UID: uint32(os.Getuid()) + 1, Busy: s.Busy}
+	s = &Server{Store: store, Decide: s.Decide, Log: s.Log, UID: os.Getuid() + 1, Busy: s.Busy}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, l, nil) }()
@@ -276,6 +276,9 @@ func TestUnitGoneMeanwhile(t *testing.T) {
 		t.Errorf("%d connections are left in the store", n)
 	}
 	s.stop()
+	if strings.Contains(s.logs.String(), "level=WARN") {
+		t.Errorf("units that went are warned of:\n%s", s.logs)
+	}
 }
 
 // Past the limit nobody is accepted, and nobody is turned away.
@@ -442,6 +445,21 @@ func TestStopDuringDecide(t *testing.T) {
 	s.stop()
 }
 
+func TestDecideAfterEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	d := given(t, []byte("v"))
+	s := &Server{Decide: func(context.Context, Request) Decision {
+		cancel()
+		return Decision{Value: d.Value, Size: d.Size, Refuse: ctx.Err()}
+	}}
+	if got := s.decide(ctx, slog.New(slog.DiscardHandler), web); got.Refuse != nil || got.Value != nil {
+		t.Errorf("decide = %+v, want that it waits", got)
+	}
+	if err := d.Value.Close(); err == nil {
+		t.Error("the value was not closed")
+	}
+}
+
 // An answer that is on the way when the context ends is finished.
 func TestStopDuringAnswer(t *testing.T) {
 	want := value(credential.MaxSize)
@@ -472,18 +490,15 @@ func TestStopWithoutReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.cancel()
-	now.Add(int64(time.Hour))
-	s.wake()
-	for range 1000 { // it may not have seen yet that the context has ended
+	for ended := false; !ended; { // it has to see that ctx has ended, and then that time has
 		now.Add(int64(time.Hour))
 		s.wake()
 		select {
 		case <-s.done:
+			ended = true
 		default:
 			runtime.Gosched()
-			continue
 		}
-		break
 	}
 	s.stop()
 	s.kill()
@@ -669,8 +684,12 @@ func TestKilledAtEveryStep(t *testing.T) {
 		}
 		return kinds
 	}
+	stride := 1
+	if testing.Short() {
+		stride = 7
+	}
 	for pass := 0; pass == 0 || pass < 20 && len(missed()) > 0; pass++ {
-		for first := 1; ; first++ {
+		for first := 1; ; first += 1 + rng.IntN(stride) {
 			second := 1 + rng.IntN(60)
 			killed := killTwice(t, first, second, steps, &values, &failed)
 			if t.Failed() {
@@ -692,8 +711,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 func killTwice(t *testing.T, first, second int, steps map[string]int, values, failed *int) (killed bool) {
 	var there atomic.Bool
 	reached := false
-	large, small := value(credential.MaxSize), []byte("small")
-	want := map[string][]byte{"large.service": large, "small.service": small, "late.service": large}
+	want := map[string][]byte{"large.service": value(credential.MaxSize), "small.service": []byte("small"), "late.service": value(300_000)}
 	store := newStore(t)
 	l, addr := listen(t)
 	server := func(kill int) *Server {
@@ -731,8 +749,7 @@ func killTwice(t *testing.T, first, second int, steps map[string]int, values, fa
 			select {
 			case <-r.done:
 				return
-			default:
-				runtime.Gosched()
+			case <-time.After(100 * time.Microsecond):
 			}
 		}
 	}()

@@ -23,7 +23,8 @@ type Call struct {
 
 	conn    *serverConn
 	params  Decoder
-	replied bool // the last reply was sent
+	replied bool   // the last reply was sent
+	forget  func() // lets go of the message
 }
 
 // Params is the decoder of the parameters, an object. Most handlers use
@@ -32,6 +33,14 @@ func (c *Call) Params() *Decoder { return &c.params }
 
 // Decode decodes the parameters.
 func (c *Call) Decode(v Unmarshaler) error { return c.params.Decode(v) }
+
+// Forget overwrites the message and lets go of its memory, which otherwise stays
+// until the handler returns: for a handler that has decoded the parameters, and
+// is about to take its time.
+func (c *Call) Forget() {
+	c.params = Decoder{}
+	c.forget()
+}
 
 // Reply sends the last reply, or the only one. Nil is a reply without
 // parameters.
@@ -105,13 +114,20 @@ func (c *serverConn) handle(ctx context.Context, msg []byte) error {
 	}
 
 	call := &Call{Peer: c.peer, Method: m.name, More: m.more, Oneway: m.oneway, conn: c, params: m.parameters}
-	stop := func() {}
+	stop, watch := func() {}, func() {}
 	if m.more {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		defer cancel()
-		stop = c.watch(cancel)
+		watch = func() { stop = c.watch(cancel) }
 	}
+	call.forget = func() {
+		stop()
+		c.frames.release()
+		c.frames.spare()
+		watch()
+	}
+	watch()
 	err = s.run(ctx, handler, call)
 	ended := ctx.Err() != nil
 	stop()

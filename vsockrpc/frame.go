@@ -168,6 +168,13 @@ func (f *frameReader) watch() error {
 	return nil
 }
 
+// spare makes room for watch where no message is in use.
+func (f *frameReader) spare() {
+	if f.buf == nil {
+		f.buf = make([]byte, firstBuffer)
+	}
+}
+
 // wipe overwrites everything and ends the reader.
 func (f *frameReader) wipe() {
 	secret.Zero(f.buf)

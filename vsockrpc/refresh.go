@@ -130,7 +130,8 @@ type Progress struct {
 	Phase string `json:"phase"`
 	// Unit has just ended its refresh; nil in a heartbeat.
 	Unit *Refreshed `json:"unit,omitzero"`
-	// WaitingFor are the units that are waited for.
+	// WaitingFor are the units that are waited for. Beside Unit it may be left
+	// out: they are those that were told before, without that one.
 	WaitingFor []string `json:"waitingFor,omitzero"`
 }
 

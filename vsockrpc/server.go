@@ -112,9 +112,10 @@ type Interface struct {
 // parameters with InvalidParameter, anything else with InternalError.
 //
 // ctx ends when the server is shut down by force, and in a call with more also
-// when the peer goes, or Shutdown begins: such a call has no end of its own. A
-// handler that has its ctx ended and returns the context's error closes the
-// connection without an answer.
+// when the peer goes, or Shutdown begins: such a call may have no end of its
+// own. A handler whose work must not stop then does it without that ctx, and
+// passes over the errors of telling about it. One that has its ctx ended and
+// returns the context's error closes the connection without an answer.
 type Handler func(ctx context.Context, call *Call) error
 
 // Limited is a listener with a limit of its own. Where the vsock listener has

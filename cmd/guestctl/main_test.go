@@ -282,7 +282,6 @@ func TestProgressOfRefresh(t *testing.T) {
 	for i, want := range []string{
 		"", "waiting for a", "waiting for a (applied)",
 		"waiting for a (refreshing: x.service and 2 more)", "waiting for a (refreshing: y.service and 1 more)",
-		"waiting for a (refreshing: y.service and 1 more)", "waiting for a (refreshing: z.service)",
 		"waiting for a (refreshing: z.service)", "waiting for a (refreshing)",
 		"waiting for a (watching: everything)", "waiting for a (rolling back)",
 		"guestctl: a: x.service: restart done; active (running)\n" +

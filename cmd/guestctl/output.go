@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -48,8 +49,8 @@ type results struct {
 	only     host.Result // the last one
 	progress bool        // a line on stderr says who is waited for
 
-	guests []host.Guest      // who is waited for
-	steps  map[string]string // how they get on, by name
+	guests []host.Guest                 // who is waited for
+	steps  map[string]vsockrpc.Progress // how they get on, by name
 }
 
 // maxWaiting is how many of the guests that are waited for are named.
@@ -64,8 +65,8 @@ func (o *results) waiting(guests []host.Guest) {
 	var list []string
 	for _, g := range guests[:min(maxWaiting, len(guests))] {
 		s := show(g.Name)
-		if step := o.steps[g.Name]; step != "" {
-			s += " (" + step + ")"
+		if step, ok := o.steps[g.Name]; ok {
+			s += " (" + showProgress(step) + ")"
 		}
 		list = append(list, s)
 	}
@@ -79,6 +80,15 @@ func (o *results) waiting(guests []host.Guest) {
 
 // step says how a guest gets on, in the same line.
 func (o *results) step(g host.Guest, p vsockrpc.Progress) {
+	if p.Unit != nil && len(p.WaitingFor) == 0 {
+		p.WaitingFor = slices.DeleteFunc(slices.Clone(o.steps[g.Name].WaitingFor), func(unit string) bool { return unit == p.Unit.Unit })
+	}
+	o.steps[g.Name] = p
+	o.waiting(o.guests)
+}
+
+// showProgress is one step, fit for a terminal.
+func showProgress(p vsockrpc.Progress) string {
 	s := p.Phase
 	if p.Phase == vsockrpc.PhaseRollingBack {
 		s = "rolling back"
@@ -89,15 +99,14 @@ func (o *results) step(g host.Guest, p vsockrpc.Progress) {
 			s += fmt.Sprintf(" and %d more", n)
 		}
 	}
-	o.steps[g.Name] = vsockrpc.Escape(s, maxStep)
-	o.waiting(o.guests)
+	return vsockrpc.Escape(s, maxStep)
 }
 
 // clearLine goes to the line's begin and makes it empty.
 const clearLine = "\r\x1b[K"
 
 func (p *program) results(f *host.Fleet, w writer) *results {
-	r := &results{p: p, writer: w, several: len(f.Guests) > 1, steps: map[string]string{}}
+	r := &results{p: p, writer: w, several: len(f.Guests) > 1, steps: map[string]vsockrpc.Progress{}}
 	if p.errTerminal {
 		f.Waiting, f.Progress = r.waiting, r.step
 	}

@@ -98,6 +98,8 @@ type change struct {
 	gate     time.Duration
 	// apply does it. With a note the set goes on trial.
 	apply func(tx *credstore.Tx, note []byte) (credstore.Result, error)
+	// done, if not nil, is called when the values are not needed any more.
+	done func()
 	// reply is the answer, with what came of the refresh, or with progress an
 	// answer that others follow.
 	reply func(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler
@@ -114,7 +116,7 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 		}
 		bus.Close()
 	}
-	t := &trial{Phase: trialRefreshing, Mode: ch.mode, GateUSec: uint64(ch.gate.Microseconds()), Names: ch.names, Changed: ch.names}
+	t := &trial{Phase: trialRefreshing, Mode: ch.mode, GateUSec: uint64(max(0, ch.gate.Microseconds())), Names: ch.names, Changed: ch.names}
 	res, err := c.commit(ch, ch.gate > 0 && r.wanted(), t)
 	if err != nil {
 		return err
@@ -131,6 +133,11 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 	if !r.wanted() {
 		return call.Reply(ch.reply(res, nil, nil))
 	}
+	// What follows may take an hour.
+	if ch.done != nil {
+		ch.done()
+	}
+	call.Forget()
 	onTrial := t.Generation != 0
 	return c.follow(ctx, call, func(units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
 		if p != nil {
@@ -298,6 +305,7 @@ func (c credentials) retry(ctx context.Context, call *vsockrpc.Call) error {
 			set.Trial = note
 			return tx.Apply(set)
 		},
+		done:  func() { wipe(set) },
 		reply: applyReply,
 	})
 }

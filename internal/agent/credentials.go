@@ -97,6 +97,7 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 	return c.carryOut(ctx, call, change{
 		names: setNames(set), expected: p.ExpectedGeneration, mode: p.Refresh, gate: p.Gate,
 		apply: func(tx *credstore.Tx, note []byte) (credstore.Result, error) { return apply(tx, tx.Apply, note) },
+		done:  p.Wipe,
 		reply: applyReply,
 	})
 }

@@ -159,17 +159,21 @@ func (r refresh) consumers(a *Agent, p *refreshPlan, actions map[string]consumer
 		return err
 	}
 	for _, u := range units {
-		mode := r.modeFor(u)
-		if mode == "" || mode == vsockrpc.RefreshNone {
+		// What does not run has nothing, and what has the values in force, or is
+		// about to load them, needs no more.
+		wants := u.Loads
+		if running(u) && !r.all {
+			wants = slices.DeleteFunc(slices.Clone(u.Loads), func(l consumer.Load) bool { return !seen.staleLoad(u, l) })
+		}
+		mode := r.modeFor(wants)
+		if len(wants) == 0 || mode == "" || mode == vsockrpc.RefreshNone {
 			continue
 		}
-		switch action, why := r.action(u, mode, own); {
-		case action == "":
-			p.skip(u, why)
-		case r.all || seen.stale(u):
+		if action, why := r.action(u, mode, own); action != "" {
 			actions[u.Name] = action
+		} else {
+			p.skip(u, why)
 		}
-		// The others have the values in force, or their start is about to load them.
 	}
 	return nil
 }
@@ -236,14 +240,14 @@ func (p *refreshPlan) skip(u consumer.Unit, why string) {
 // modes are the ways to refresh, the strongest last.
 var modes = []string{"", vsockrpc.RefreshNone, vsockrpc.RefreshAuto, vsockrpc.RefreshReload, vsockrpc.RefreshRestart}
 
-// modeFor is how the unit is to be refreshed: as the call says, else the
-// strongest that the configuration says for a name it loads.
-func (r refresh) modeFor(u consumer.Unit) string {
+// modeFor is how a unit is to be refreshed for what it loads: as the call says,
+// else the strongest that the configuration says for one of the names.
+func (r refresh) modeFor(loads []consumer.Load) string {
 	if r.mode != "" {
 		return r.mode
 	}
 	mode := ""
-	for _, l := range u.Loads {
+	for _, l := range loads {
 		if m := r.cfg.Credentials[l.Name].OnChange; slices.Index(modes, m) > slices.Index(modes, mode) {
 			mode = m
 		}

@@ -208,6 +208,9 @@ func TestFailure(t *testing.T) {
 			t.Errorf("failure(%v) = %q, which does not say that it was begun", err, f.Message)
 		}
 	}
+	if f := failure(context.Canceled, fateBegun, true); f.Code != CodeInterrupted || !strings.Contains(f.Message, "it was begun") {
+		t.Errorf("failure of a call that was interrupted after it had begun = %s, %q", f.Code, f.Message)
+	}
 	if f := failure(errors.New("x"), fateUntouched, true); f.Code != CodeInterrupted {
 		t.Errorf("failure of an interrupted call = %s, want %s", f.Code, CodeInterrupted)
 	}

@@ -46,14 +46,15 @@ func CheckContainers() error {
 	return needTools(nspawnProgram, "cpio", "zstd")
 }
 
-// StartContainer boots an image's system in a container of systemd-nspawn and waits as cfg.WaitFor says. That takes about
-// a second, where a virtual machine without KVM takes twenty. The context ends the waiting, not the container: the caller
+// StartContainer boots an image's system in a container of systemd-nspawn and waits as cfg.WaitFor says. That takes half a
+// second, where a virtual machine without KVM takes twenty. The context ends the waiting, not the container: the caller
 // calls [Machine.Close]. Nothing of a container outlives this process for longer than its killing takes.
 //
-// What differs from a virtual machine: it has the host's kernel, systemd-nspawn's default capabilities, no SMBIOS, no
-// vsock (socket fails with EAFNOSUPPORT), no udev, no device, no network but loopback, and control groups without
-// controllers, so that limits such as MemoryMax= do nothing. The kernel's log is not in the journal, nor what PID 1 said
-// before there was one. After a reboot nothing reaches it.
+// What differs from a virtual machine: it has the host's kernel, systemd-nspawn's default capabilities less CAP_MKNOD, no
+// SMBIOS, no vsock (socket fails with EAFNOSUPPORT), no udev, no device, and no network but loopback. Control groups are
+// of version 2 without controllers, and no BPF program is attached to them, so that MemoryMax=, IPAddressDeny= and their
+// like do nothing; namespaces, capabilities and system call filters of a sandbox work. The kernel's log is not in the
+// journal, nor what PID 1 said before there was one. After a reboot nothing reaches it.
 //
 // Errors match those of [Boot] and of [CheckContainers].
 func StartContainer(ctx context.Context, cfg ContainerConfig) (*Machine, error) {

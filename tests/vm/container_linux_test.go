@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,8 +25,8 @@ const heldEnv = "GUESTAGENT_TEST_HOLD_CONTAINER"
 // goneTimeout bounds the wait for a process's end, in milliseconds. It is never reached where all is well.
 const goneTimeout = 60_000
 
-// TestContainerLeavesNothing ends a container in three ways, of which the second gives the harness no chance to clean up,
-// and looks for processes, control groups, mounts and files.
+// TestContainerLeavesNothing ends a container in three ways and looks for processes, control groups, mounts and files.
+// The second way, which is also that of a test's time-out, gives the harness no chance to clean up.
 func TestContainerLeavesNothing(t *testing.T) {
 	img := vmtest.ContainerImage(t)
 	if os.Getenv(heldEnv) != "" {
@@ -35,8 +34,9 @@ func TestContainerLeavesNothing(t *testing.T) {
 	}
 
 	t.Run("close", func(t *testing.T) {
-		m := vmtest.StartContainer(t, vm.ContainerConfig{Image: img, Artifacts: t.TempDir()})
-		r := remainders(t, containerOf(t, m))
+		m := boot(t, img)
+		t.Cleanup(func() { _ = m.Close() })
+		r := remainders(t, m.Artifacts())
 		if err := m.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -44,7 +44,7 @@ func TestContainerLeavesNothing(t *testing.T) {
 	})
 
 	t.Run("kill -9 of the harness", func(t *testing.T) {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+"TestContainerLeavesNothing"+"$")
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestContainerLeavesNothing$")
 		cmd.Env = append(os.Environ(), heldEnv+"=1")
 		stdout, err := cmd.StdoutPipe()
 		if err != nil {
@@ -74,8 +74,13 @@ func TestContainerLeavesNothing(t *testing.T) {
 	})
 
 	t.Run("kill -9 of the supervisor", func(t *testing.T) {
-		m := vmtest.StartContainer(t, vm.ContainerConfig{Image: img, Artifacts: t.TempDir()})
-		r := remainders(t, containerOf(t, m))
+		m := boot(t, img)
+		t.Cleanup(func() {
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		r := remainders(t, m.Artifacts())
 		if err := unix.Kill(r.supervisor, unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
@@ -92,11 +97,7 @@ func TestContainerLeavesNothing(t *testing.T) {
 // hold starts a container, tells where, and waits to be killed.
 func hold(t *testing.T, img *vm.Image) {
 	t.Helper()
-	m, err := vm.StartContainer(t.Context(), vm.ContainerConfig{Image: img})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Without artifacts that is the container's own folder.
+	m := boot(t, img)
 	if _, err := io.WriteString(os.Stdout, "container: "+m.Artifacts()+"\n"); err != nil {
 		t.Fatal(errors.Join(err, m.Close()))
 	}
@@ -104,18 +105,14 @@ func hold(t *testing.T, img *vm.Image) {
 	t.Fatal("the container has ended")
 }
 
-// containerOf returns the temporary folder of a container, by the mount that its channel is.
-func containerOf(t *testing.T, m *vm.Machine) string {
+// boot starts a container without artifacts: m.Artifacts is then its own folder.
+func boot(t *testing.T, img *vm.Image) *vm.Machine {
 	t.Helper()
-	for line := range strings.Lines(vmtest.Run(t, m, "cat", "/proc/self/mountinfo")) {
-		f := strings.Fields(line)
-		if len(f) > 4 && f[4] == "/run/vm-guest" {
-			dir := filepath.Dir(f[3])
-			return filepath.Join(os.TempDir(), filepath.Base(dir))
-		}
+	m, err := vm.StartContainer(t.Context(), vm.ContainerConfig{Image: img})
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("the container has no channel")
-	return ""
+	return m
 }
 
 // remains is all that a container consists of on the host.
@@ -226,19 +223,17 @@ func groupTree(t *testing.T, name string) []string {
 	return dirs
 }
 
+// wantNoProcess waits until each process has ended.
 func (r *remains) wantNoProcess(t *testing.T) {
 	t.Helper()
 	for i, fd := range r.fds {
-		deadline := time.Now().Add(goneTimeout * time.Millisecond)
-		for {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, goneTimeout)
-			if errors.Is(err, unix.EINTR) && time.Now().Before(deadline) {
-				continue
-			}
-			if n != 1 || err != nil {
-				t.Errorf("process %d of %d goes on: %v", i+1, len(r.fds), err)
-			}
-			break
+		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // descriptors are small
+		n, err := unix.Poll(poll, goneTimeout)
+		for errors.Is(err, unix.EINTR) {
+			n, err = unix.Poll(poll, goneTimeout)
+		}
+		if n != 1 || err != nil {
+			t.Errorf("process %d of %d goes on: %v", i+1, len(r.fds), err)
 		}
 	}
 }

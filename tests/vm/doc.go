@@ -9,13 +9,13 @@
 // With [VsockConfig] a guest has a vsock device, whose host side is a process of its own: see [DialVsock] and
 // [ListenVsock]. Nothing of it needs root or a kernel module on the host.
 //
-// [StartContainer] boots the same image with systemd-nspawn, in about a second: for the many cases that need a real
+// [StartContainer] boots the same image with systemd-nspawn, in half a second: for the many cases that need a real
 // systemd and neither a kernel of their own nor SMBIOS or vsock. It needs root.
 //
 // The package is for tests and for demonstrations. It guarantees that what it started is gone after [Machine.Close], and
 // that an error of a boot ends with the last lines of the console. It does not protect the host from a guest beyond what
-// QEMU or systemd-nspawn does, and the guest trusts the host without reserve. It knows nothing of package testing: helpers for tests are
-// in package vmtest. It runs on Linux; building images needs root.
+// QEMU or systemd-nspawn does, and the guest trusts the host without reserve. It knows nothing of package testing:
+// helpers for tests are in package vmtest. It runs on Linux; building images needs root.
 //
 // Environment:
 //

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -121,6 +122,81 @@ func TestBuildNeedsRoot(t *testing.T) {
 	_, err = Boot(t.Context(), Config{Image: &Image{Release: Releases()[0]}})
 	if !errors.Is(err, ErrMissingTool) || !strings.Contains(err.Error(), "qemu-system-x86") {
 		t.Errorf("Boot without QEMU = %v, want %v naming the package", err, ErrMissingTool)
+	}
+}
+
+func TestCheckContainers(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	want := ErrNeedsRoot
+	switch {
+	case runtime.GOOS != "linux" || runtime.GOARCH != "amd64":
+		want = errors.ErrUnsupported
+	case os.Geteuid() == 0:
+		want = ErrMissingTool
+	}
+	_, err := StartContainer(t.Context(), ContainerConfig{Image: &Image{Release: Releases()[0]}})
+	if !errors.Is(err, want) {
+		t.Errorf("StartContainer = %v, want %v", err, want)
+	}
+	if os.Geteuid() == 0 && runtime.GOOS == "linux" && !strings.Contains(err.Error(), "systemd-container") {
+		t.Errorf("StartContainer without systemd-nspawn = %v, want the package in it", err)
+	}
+}
+
+// TestUnpacked packs a tree and unpacks it into an image's folder, twice, and then one that is damaged.
+func TestUnpacked(t *testing.T) {
+	if err := needTools("cpio", "zstd"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	from := t.TempDir()
+	if err := os.WriteFile(filepath.Join(from, "file"), bytes.Repeat([]byte("1234"), 1<<18), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("file", filepath.Join(from, "link")); err != nil {
+		t.Fatal(err)
+	}
+	cache := t.TempDir()
+	img := &Image{Release: Releases()[0], Dir: filepath.Join(cache, "image"), Root: filepath.Join(cache, "image", rootFile)}
+	if err := os.Mkdir(img.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := packRoot(t.Context(), from, img.Root); err != nil {
+		t.Fatal(err)
+	}
+	good, err := os.ReadFile(img.Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n, damaged := range map[string][]byte{"cut": good[:len(good)/2], "empty": {}, "no archive": []byte("no archive")} {
+		if err := os.WriteFile(img.Root, damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if root, err := img.unpacked(t.Context()); root != "" || err == nil {
+			t.Errorf("%s: unpacked = %q, %v, want an error", n, root, err)
+		}
+	}
+	if err := os.WriteFile(img.Root, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		root, err := img.unpacked(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Through the link, too.
+		if got, err := os.ReadFile(filepath.Join(root, "link")); err != nil || len(got) != 1<<20 {
+			t.Errorf("ReadFile of what was unpacked = %d bytes, %v, want %d", len(got), err, 1<<20)
+		}
+	}
+	// It has programs that are set-user-ID: nobody else is to reach them.
+	if info, err := os.Stat(filepath.Join(img.Dir, treeDir)); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("Stat = %v, %v, want 0700", info, err)
+	}
+	if left, err := filepath.Glob(filepath.Join(cache, "tmp-*")); err != nil || len(left) != 0 {
+		t.Errorf("left are %q, %v", left, err)
 	}
 }
 

@@ -174,10 +174,10 @@ func (g *Guest) refreshUnits(names []string, refresh string, tell func(vsockrpc.
 	if refresh == vsockrpc.RefreshReload {
 		action = vsockrpc.ActionReload
 	}
+	if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, WaitingFor: waitingFor}); err != nil {
+		return nil, err
+	}
 	for i, name := range names {
-		if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, WaitingFor: waitingFor[i:]}); err != nil {
-			return nil, err
-		}
 		u := vsockrpc.Refreshed{Unit: waitingFor[i], Action: action, Result: vsockrpc.ResultDone, State: "active (running)"}
 		switch {
 		case name == Never:
@@ -187,7 +187,7 @@ func (g *Guest) refreshUnits(names []string, refresh string, tell func(vsockrpc.
 		default:
 			g.loaded[name] = g.store[name]
 		}
-		if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, Unit: &u, WaitingFor: waitingFor[i+1:]}); err != nil {
+		if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRefreshing, Unit: &u}); err != nil {
 			return nil, err
 		}
 		units = append(units, u)

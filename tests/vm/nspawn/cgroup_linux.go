@@ -34,7 +34,8 @@ func openGroups() (groups, error) {
 	return groups{os.NewFile(uintptr(mount), "cgroup2")}, nil
 }
 
-func (g groups) close() error { return g.root.Close() }
+// Close closes the hierarchy. Its groups stay.
+func (g groups) Close() error { return g.root.Close() }
 
 // path returns where a group can be found as long as g is open.
 func (g groups) path(group string) string {

@@ -33,7 +33,7 @@ func TestGroups(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer g.close()
+	defer g.Close()
 	cgroup, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		t.Fatal(err)

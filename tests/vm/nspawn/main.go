@@ -18,8 +18,8 @@
 // namespace, so that nothing outlives it, and has the mounts in a mount namespace of its own. If the outer one is killed
 // the kernel kills the inner one, and only empty control groups and DIR are left.
 //
-// The container has systemd-nspawn's default privileges, less AF_VSOCK, which the kernel before Linux 7 does not keep
-// apart in network namespaces. Its root is the host's root without some capabilities: it is for code that is trusted.
+// The container has systemd-nspawn's default privileges, less CAP_MKNOD, and less AF_VSOCK, which the kernel before Linux 7
+// does not keep apart in network namespaces. Its root is the host's root without some capabilities: it is for code that is trusted.
 package main
 
 import (
@@ -84,7 +84,7 @@ func supervise(dir, tree string, leash io.Reader) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, hierarchy.close()) }()
+	defer func() { err = errors.Join(err, hierarchy.Close()) }()
 	if err := hierarchy.make(group); err != nil {
 		return err
 	}
@@ -188,6 +188,8 @@ func nspawnArgs(dir string) []string {
 		// Neither machined nor a systemd on the host, nor its settings.
 		"--register=no", "--keep-unit", "--settings=no", "--link-journal=no", "--timezone=off", "--resolv-conf=off",
 		"--private-network",
+		// Without a scope unit no device policy keeps the host's disks away, so nobody may make their nodes.
+		"--drop-capability=CAP_MKNOD",
 		// The host's SMBIOS is none of the container's business. systemd-nspawn 252 does not show it anyway.
 		"--tmpfs=/sys/firmware",
 		"--bind=" + strings.ReplaceAll(filepath.Join(dir, "channel"), ":", `\:`) + ":" + wire.SocketDir,

@@ -1,6 +1,7 @@
 package vmtest_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,13 +21,13 @@ type stop struct{}
 
 func (r *recorder) Helper() {}
 
-func (r *recorder) Skipf(format string, _ ...any) {
-	r.skipped = format
+func (r *recorder) Skipf(format string, args ...any) {
+	r.skipped = fmt.Sprintf(format, args...)
 	panic(stop{})
 }
 
-func (r *recorder) Fatalf(format string, _ ...any) {
-	r.failed = format
+func (r *recorder) Fatalf(format string, args ...any) {
+	r.failed = fmt.Sprintf(format, args...)
 	panic(stop{})
 }
 
@@ -64,6 +65,27 @@ func TestReleases(t *testing.T) {
 		}
 		if tt.skips && !strings.Contains(r.skipped, "make test") {
 			t.Errorf("the skip says %q, want the way out in it", r.skipped)
+		}
+	}
+}
+
+func TestContainerImage(t *testing.T) {
+	t.Setenv("PATH", t.TempDir()) // no host can run containers without systemd-nspawn
+	for _, tt := range []struct {
+		name, env, ci string
+		skip, fail    string
+	}{
+		{"nothing asked for", "", "true", "make test", ""},
+		{"another release", "sid", "true", vmtest.SelectEnv, ""},
+		{"cannot run", vmtest.ContainerRelease, "", "containers cannot run here", ""},
+		{"cannot run in CI", vmtest.ContainerRelease, "true", "", "containers cannot run here"},
+	} {
+		t.Setenv(vmtest.SelectEnv, tt.env)
+		t.Setenv("CI", tt.ci)
+		r := record(t, func(tb testing.TB) { vmtest.ContainerImage(tb) })
+		if !strings.Contains(r.skipped, tt.skip) || (r.skipped == "") != (tt.skip == "") ||
+			!strings.Contains(r.failed, tt.fail) || (r.failed == "") != (tt.fail == "") {
+			t.Errorf("%s: skipped %q, failed %q, want %q, %q", tt.name, r.skipped, r.failed, tt.skip, tt.fail)
 		}
 	}
 }

@@ -18,8 +18,9 @@ import (
 const (
 	// PortName is the name of the virtio-serial port.
 	PortName = "org.guestagent.vm"
-	// SocketDir is the folder in a container that holds the socket instead, SocketName the socket in it.
-	SocketDir  = "/run/vm-guest"
+	// SocketDir is the folder in a container that holds the socket instead.
+	SocketDir = "/run/vm-guest"
+	// SocketName is the name of the socket in that folder.
 	SocketName = "guest.sock"
 	// MaxData bounds one file, and each of a program's input and its two outputs.
 	MaxData = 32 << 20

@@ -34,7 +34,8 @@ Commands:
                  in /run/credentials, which a sandboxed service does not see
   status         tell which credentials are there, and what was refused and why
       --json     print the report as JSON
-  serve          answer the host on vsock port 1022, and root on the local socket
+  serve          answer the host on vsock port 1022, and root on the local socket;
+                 hand credentials to units on the credentials socket
       --idle TIME
                  end when nobody has called for that long; systemd starts it again
       --pid1-credentials DIR

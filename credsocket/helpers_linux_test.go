@@ -324,7 +324,19 @@ func start(t testing.TB, s *Server, l *os.File, restored []*os.File) *running {
 	ctx, cancel := context.WithCancel(t.Context())
 	r := &running{Server: s, t: t, cancel: cancel, done: make(chan struct{}), busy: make(chan int, 1<<12), logs: &logs{}}
 	s.UID = os.Getuid()
-	s.Busy = func(n int) { r.busy <- n }
+	s.Busy = func(n int) {
+		for {
+			select {
+			case r.busy <- n:
+				return
+			default:
+			}
+			select {
+			case <-r.busy: // nobody looks: the oldest goes
+			default:
+			}
+		}
+	}
 	s.Log = slog.New(slog.NewTextHandler(r.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	go func() {
 		defer close(r.done)

@@ -45,17 +45,15 @@ type Config struct {
 	Socket string // the credentials socket, /run/guestagent/credentials.sock
 }
 
-// A Conn is a connection to PID 1, or rather two: one for calls, one for
-// signals. Its methods may be called at the same time. They end with the
-// context's error when the context does, and with [ErrLost] when the connection
-// does; only a PID 1 that has stopped reading can hold up a call for 10 seconds
-// beyond its context, and then the connection is given up.
+// A Conn is a connection to PID 1. Its methods may be called at the same time.
+// They end with the context's error when the context does, and with [ErrLost]
+// when the connection does; only a PID 1 that has stopped reading can hold up a
+// call for 10 seconds beyond its context, and then the connection is given up.
 type Conn struct {
 	cfg     Config
-	manager *systemd.Conn // makes its calls on calls
-	calls   *dbus.Conn
-	signals *dbus.Conn
-	wires   []*wire // below calls and signals
+	manager *systemd.Conn // makes its calls on bus
+	bus     *dbus.Conn
+	wire    *wire // below bus
 
 	mu      sync.Mutex
 	unknown map[property]bool // this systemd does not have them
@@ -70,60 +68,55 @@ func Dial(ctx context.Context, cfg Config) (*Conn, error) {
 	})
 }
 
-// dial is Dial over any two connections that connect returns.
+// dial is Dial over what connect returns.
 func dial(ctx context.Context, cfg Config, connect func() (net.Conn, error)) (*Conn, error) {
-	c := &Conn{cfg: cfg, unknown: make(map[property]bool)}
-	var (
-		conns []*dbus.Conn
-		stops []func() bool
-	)
-	manager, err := systemd.NewConnection(func() (*dbus.Conn, error) {
-		raw, err := connect()
-		if err != nil {
-			return nil, err
-		}
-		w := &wire{Conn: raw, r: bufio.NewReader(raw)}
-		c.wires = append(c.wires, w)
-		// Neither the authentication nor go-systemd's first call know a context.
-		stops = append(stops, context.AfterFunc(ctx, func() { _ = w.Close() }))
-		conn, err := dbus.NewConn(w, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
-		if err != nil {
-			return nil, err
-		}
-		conns = append(conns, conn)
-		// The uid, so that nothing looks up a user's name. There is no Hello:
-		// PID 1 is the only one at the other end, not a bus.
-		return conn, conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))})
-	})
-	for _, stop := range stops {
-		stop()
+	raw, err := connect()
+	if err != nil {
+		return nil, fmt.Errorf("connecting to systemd: %w", err)
 	}
-	if err == nil && ctx.Err() == nil {
-		c.manager, c.calls, c.signals = manager, conns[0], conns[1]
-		return c, nil
-	}
-	for i, w := range c.wires {
-		_ = w.Close()
-		if i < len(conns) {
-			_ = conns[i].Close()
-		}
-	}
+	c := &Conn{cfg: cfg, wire: &wire{Conn: raw, r: bufio.NewReader(raw)}, unknown: make(map[property]bool)}
+	// Neither the authentication nor go-systemd's first call know a context.
+	stop := context.AfterFunc(ctx, func() { _ = c.wire.Close() })
+	err = c.introduce()
+	stop()
 	if ctx.Err() != nil {
 		err = ctx.Err()
 	}
-	return nil, fmt.Errorf("connecting to systemd: %w", err)
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("connecting to systemd: %w", err)
+	}
+	return c, nil
+}
+
+// introduce makes a D-Bus connection of the wire.
+func (c *Conn) introduce() (err error) {
+	c.bus, err = dbus.NewConn(c.wire, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	if err != nil {
+		return err
+	}
+	// The uid, so that nothing looks up a user's name. There is no Hello: PID 1
+	// is the only one at the other end, not a bus.
+	if err := c.bus.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Geteuid()))}); err != nil {
+		return err
+	}
+	// go-systemd asks for two connections, so that a signal nobody takes cannot
+	// hold up an answer. Here the signal handler has a queue without end, and
+	// PID 1, which sends every signal on every connection, has half the work.
+	c.manager, err = systemd.NewConnection(func() (*dbus.Conn, error) { return c.bus, nil })
+	return err
 }
 
 // Close ends the connection. Calls that are under way end with [ErrLost].
 func (c *Conn) Close() {
 	// First what is below: godbus waits for a write before it closes.
-	for _, w := range c.wires {
-		_ = w.Close()
+	_ = c.wire.Close()
+	if c.bus != nil {
+		_ = c.bus.Close()
 	}
-	c.manager.Close()
 }
 
-// A wire is one connection to PID 1.
+// A wire is what a connection to PID 1 goes over.
 type wire struct {
 	net.Conn
 	r     *bufio.Reader // a message is read in several small pieces
@@ -165,15 +158,10 @@ func (c *Conn) failure(ctx context.Context, doing string, err error) error {
 	switch {
 	case ctx.Err() != nil:
 		err = ctx.Err()
-	case c.lost():
+	case c.wire.ended.Load():
 		err = ErrLost
 	}
 	return fmt.Errorf("%s: %w", doing, err)
-}
-
-// lost reports whether either connection has ended.
-func (c *Conn) lost() bool {
-	return slices.ContainsFunc(c.wires, func(w *wire) bool { return w.ended.Load() })
 }
 
 // A property is one of an object of systemd's.
@@ -190,7 +178,7 @@ func (c *Conn) get(ctx context.Context, path dbus.ObjectPath, wanted ...property
 	wanted = slices.DeleteFunc(slices.Clone(wanted), func(p property) bool { return c.unknown[p] })
 	c.mu.Unlock()
 
-	obj := c.calls.Object(busName, path)
+	obj := c.bus.Object(busName, path)
 	calls := make([]*dbus.Call, len(wanted))
 	for i, p := range wanted {
 		calls[i] = obj.GoWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, make(chan *dbus.Call, 1), p.iface, p.name)

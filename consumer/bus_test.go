@@ -21,18 +21,14 @@ func TestDial(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	served := make(chan struct{}, 2)
+	served := make(chan struct{})
 	go func() {
-		for range 2 {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				m.serve(&fakeConn{Conn: conn})
-				served <- struct{}{}
-			}()
+		defer close(served)
+		conn, err := l.Accept()
+		if err != nil {
+			return
 		}
+		m.serve(&fakeConn{Conn: conn})
 	}()
 	c, err := Dial(t.Context(), cfg)
 	if err != nil {
@@ -42,9 +38,7 @@ func TestDial(t *testing.T) {
 		t.Errorf("Status = %v, %v, want active", s, err)
 	}
 	c.Close()
-	for range 2 {
-		<-served // both have seen the end
-	}
+	<-served // the other side has seen it
 	if _, err := c.Status(t.Context(), "a.service"); !errors.Is(err, ErrLost) {
 		t.Errorf("Status after Close = %v, want ErrLost", err)
 	}

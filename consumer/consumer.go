@@ -82,7 +82,8 @@ type Action string
 const (
 	// ActionReload reloads a unit that is running.
 	ActionReload Action = "reload"
-	// ActionTryRestart restarts a unit that is running, and leaves any other alone.
+	// ActionTryRestart restarts a unit that is running, and leaves any other
+	// alone. Its start limit is reset first, so that it does not count.
 	ActionTryRestart Action = "tryRestart"
 	// ActionRestart restarts a unit, or starts it where it does not run. Its
 	// failed state and its start limit are reset first.

@@ -97,12 +97,17 @@ func (c *Conn) queue(ctx context.Context, j Job) (uint32, error) {
 		call = c.manager.TryRestartUnitContext
 	case ActionRestart:
 		call = c.manager.RestartUnitContext
-		// A unit that is not loaded has nothing to be reset.
+	default:
+		return 0, fmt.Errorf("queueing a job for %q: unknown action %q", j.Unit, j.Action)
+	}
+	// A restart that is asked for counts for the start limit like one of systemd's
+	// own (unit_test_start_limit in src/core/unit.c): a few changes within ten
+	// seconds would leave a sound service failed. A unit that is not loaded has
+	// nothing to be reset.
+	if j.Action != ActionReload {
 		if err := c.manager.ResetFailedUnitContext(ctx, j.Unit); err != nil && !isAnswer(err) {
 			return 0, c.failure(ctx, fmt.Sprintf("resetting %q", j.Unit), err)
 		}
-	default:
-		return 0, fmt.Errorf("queueing a job for %q: unknown action %q", j.Unit, j.Action)
 	}
 	// Without a channel: go-systemd would queue one job after the other, and
 	// say nothing when the connection is lost.
@@ -127,8 +132,8 @@ func problem(answer dbus.Error) string {
 // socket, asked or not (bus_foreach_bus in src/core/dbus.c).
 func (c *Conn) subscribe() (signals <-chan *dbus.Signal, stop func()) {
 	ch := make(chan *dbus.Signal, 16)
-	c.signals.Signal(ch)
-	return ch, func() { c.signals.RemoveSignal(ch) }
+	c.bus.Signal(ch)
+	return ch, func() { c.bus.RemoveSignal(ch) }
 }
 
 // next waits for a signal. It returns nil when timeout comes first.
@@ -143,9 +148,7 @@ func (c *Conn) next(ctx context.Context, signals <-chan *dbus.Signal, timeout <-
 		return nil, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
-	case <-c.signals.Context().Done():
-		return nil, ErrLost
-	case <-c.calls.Context().Done():
+	case <-c.bus.Context().Done():
 		return nil, ErrLost
 	}
 }

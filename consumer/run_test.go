@@ -83,7 +83,8 @@ func TestRun(t *testing.T) {
 		}
 		slices.Sort(q.calls)
 		wantCalls := []string{
-			"ReloadUnit c.service replace", "ReloadUnit e.service replace", "ResetFailedUnit d.service",
+			"ReloadUnit c.service replace", "ReloadUnit e.service replace",
+			"ResetFailedUnit a.service", "ResetFailedUnit b.service", "ResetFailedUnit d.service",
 			"RestartUnit d.service replace", "TryRestartUnit a.service replace", "TryRestartUnit b.service replace",
 		}
 		if !reflect.DeepEqual(q.calls, wantCalls) {

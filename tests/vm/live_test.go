@@ -279,6 +279,94 @@ func TestLive(t *testing.T) {
 			wantNoFile(t, m, "/run/credstore/cli")
 		})
 
+		// Rotation over real vsock. Containers have the many cases.
+		t.Run("rotate", func(t *testing.T) {
+			unit := func(name, text string) {
+				t.Helper()
+				vmtest.WriteFile(t, m, "/run/systemd/system/"+name, 0o644, []byte(text))
+			}
+			const show = "ExecStart=/bin/sh -c 'cp $CREDENTIALS_DIRECTORY/rot /run/seen/%p; exec sleep infinity'\n"
+			unit("rot-file.service", "[Service]\nType=exec\nLoadCredential=rot\n"+show)
+			unit("rot-socket.service", "[Unit]\nAfter=guestagent-credentials.socket\n[Service]\nType=exec\nLoadCredential=rot:/run/guestagent/credentials.sock\n"+
+				"ExecStartPre=/usr/bin/test -s ${CREDENTIALS_DIRECTORY}/rot\n"+show)
+			// This one cannot live with a bad value, and says so a moment later.
+			unit("rot-picky.service", "[Service]\nType=exec\nLoadCredential=rot\nExecStart=/bin/sh -c 'cp $CREDENTIALS_DIRECTORY/rot /run/seen/%p; grep -q bad $CREDENTIALS_DIRECTORY/rot && sleep 3 && exit 1; exec sleep infinity'\n")
+			running := []string{"rot-file.service", "rot-picky.service", "rot-socket.service"}
+			if release.Systemd >= 260 {
+				unit("rot-reload.service", "[Service]\nType=exec\nLoadCredential=rot\nRefreshOnReload=credentials\n"+show+
+					"ExecReload=/bin/sh -c 'cp $CREDENTIALS_DIRECTORY/rot /run/seen/%p'\n")
+				running = append(running, "rot-reload.service")
+			}
+			vmtest.Run(t, m, "systemctl", "daemon-reload")
+			file := filepath.Join(t.TempDir(), "rot")
+			push := func(value string, args ...string) (status int, stderr string) {
+				t.Helper()
+				if err := os.WriteFile(file, []byte(value), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				cmd := exec.CommandContext(t.Context(), ctl, append([]string{"push", "--timeout=2m", target.String(), "rot:" + file}, args...)...)
+				var b bytes.Buffer
+				cmd.Stderr = &b
+				err := cmd.Run()
+				if exit, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+					t.Fatal(err)
+				} else if ok {
+					status = exit.ExitCode()
+				}
+				return status, b.String()
+			}
+			wantSeen := func(value string) {
+				t.Helper()
+				for _, name := range running {
+					wantFile(t, m, "/run/seen/"+strings.TrimSuffix(name, ".service"), []byte(value))
+					if got := active(t, name); got != "active" {
+						t.Errorf("%s is %s", name, got)
+					}
+				}
+			}
+
+			// It waits for a value that is not there yet, whatever becomes of the agent.
+			vmtest.Run(t, m, "systemctl", "start", "--no-block", "rot-socket.service")
+			for deadline := t.Context(); deadline.Err() == nil; {
+				c := dial(t)
+				list, err := c.ListConsumers(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = c.Client.Close()
+				if len(list.Waiting) == 1 && list.Waiting[0].Unit == "rot-socket.service" && list.Waiting[0].Name == "rot" {
+					break
+				}
+			}
+			vmtest.Run(t, m, "systemctl", "kill", "--signal=KILL", "guestagent.service")
+			vmtest.Run(t, m, "systemctl", "restart", "guestagent.service")
+			if got := active(t, "rot-socket.service"); got != "activating" {
+				t.Errorf("rot-socket.service is %s, want it to wait", got)
+			}
+			if status, stderr := push(text(50)); status != 0 {
+				t.Fatalf("guestctl push: status %d\n%s", status, stderr)
+			}
+			vmtest.Run(t, m, append([]string{"systemctl", "start"}, running...)...)
+			wantSeen(text(50))
+
+			pid := strings.TrimSpace(vmtest.Run(t, m, "systemctl", "show", "--property=MainPID", "--value", running[len(running)-1]))
+			if status, stderr := push(text(51), "--refresh=auto", "--gate=2s"); status != 0 {
+				t.Fatalf("guestctl push --refresh --gate: status %d\n%s", status, stderr)
+			}
+			wantSeen(text(51))
+			again := strings.TrimSpace(vmtest.Run(t, m, "systemctl", "show", "--property=MainPID", "--value", running[len(running)-1]))
+			if reloads := release.Systemd >= 260; reloads != (pid == again) {
+				t.Errorf("%s had main PID %s, and has %s", running[len(running)-1], pid, again)
+			}
+
+			status, stderr := push("bad", "--refresh=auto", "--gate=30s")
+			if status != 5 || !strings.Contains(stderr, "rot-picky.service failed") {
+				t.Errorf("guestctl push of a bad value: status %d, want 5\n%s", status, stderr)
+			}
+			wantSeen(text(51))
+			vmtest.Run(t, m, append([]string{"systemctl", "stop"}, running...)...)
+		})
+
 		// A process of the guest is not the host, whatever CID it dials and whoever it is. Root's calls come from a port
 		// below 1024, by guestctl's own choice: that is not what makes a host.
 		t.Run("loopback", func(t *testing.T) {

@@ -60,7 +60,7 @@ deb: go ## build Debian packages of guestagent and guestctl
 	tools/deb '$(VERSION)' '$(DIST)'
 
 .PHONY: demo
-demo: go ## boot a VM, see a secret from an OEM string reach a service, and push another
+demo: go ## boot a VM, see a secret from an OEM string reach a service, rotate it, and see a bad one rolled back
 	@tools/deps vm
 	@go run ./tests/vm/demo
 

@@ -98,8 +98,8 @@ type loop struct {
 }
 
 // Serve answers requests until ctx ends, and then returns nil. It may be called
-// once. The listening socket stays the caller's; it is made non-blocking. The
-// restored files are what the service manager handed over with names that
+// once. The listening socket stays the caller's; it is made non-blocking. Nil is
+// none: then nobody comes besides who was restored. The restored files are what the service manager handed over with names that
 // [IsStored] knows, their names being those; Serve takes them.
 //
 // When ctx ends, nothing is accepted any more: the backlog stays with the
@@ -111,12 +111,15 @@ func (s *Server) Serve(ctx context.Context, listener *os.File, restored []*os.Fi
 	l := &loop{
 		Server:   s,
 		log:      cmp.Or(s.Log, slog.New(slog.DiscardHandler)),
-		listener: int(listener.Fd()),
+		listener: -1,
 		ask:      make(chan Request, 1),
 		decided:  make(chan Decision, 1),
 	}
-	if err := unix.SetNonblock(l.listener, true); err != nil {
-		return fmt.Errorf("serving credentials: %w", err)
+	if listener != nil {
+		l.listener = int(listener.Fd())
+		if err := unix.SetNonblock(l.listener, true); err != nil {
+			return fmt.Errorf("serving credentials: %w", err)
+		}
 	}
 	var err error
 	if l.wakefd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
@@ -427,7 +430,7 @@ func (l *loop) wait(now, until time.Duration) error {
 }
 
 func (l *loop) accepting(now time.Duration) bool {
-	return !l.stopping && !l.failing && len(l.held) < cmp.Or(max(0, l.MaxWaiting), DefaultMaxWaiting) && now >= l.acceptAgain
+	return l.listener >= 0 && !l.stopping && !l.failing && len(l.held) < cmp.Or(max(0, l.MaxWaiting), DefaultMaxWaiting) && now >= l.acceptAgain
 }
 
 // accept takes what is in the backlog, as much as may be held.

@@ -424,6 +424,27 @@ func TestStopAndRestore(t *testing.T) {
 	}
 }
 
+// Who waits is answered also where the listening socket has gone.
+func TestRestoreWithoutListener(t *testing.T) {
+	asked := make(chan bool, 10)
+	store := newStore(t)
+	l, addr := listen(t)
+	s := start(t, &Server{Store: store, Decide: func(context.Context, Request) Decision {
+		asked <- true
+		return Decision{}
+	}}, l, nil)
+	u := connect(t, addr, Request{"a.service", "k"}).read()
+	<-asked
+	s.kill()
+	_ = l.Close()
+	s = start(t, &Server{Store: store, Decide: func(context.Context, Request) Decision { return given(t, []byte("v")) }}, nil, store.restored(t))
+	u.wants(t, []byte("v"))
+	s.stop()
+	if n := store.len(); n != 0 {
+		t.Errorf("%d connections are left in the store", n)
+	}
+}
+
 // A refusal that came about because the context ended is none.
 func TestStopDuringDecide(t *testing.T) {
 	asked := make(chan bool, 1)

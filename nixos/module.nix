@@ -9,66 +9,189 @@
 let
   cfg = config.services.guestagent;
   json = pkgs.formats.json { };
+  inherit (lib) types;
+
+  # A key of config.json. The agent knows the defaults: a key that nobody sets is null here, and not written.
+  key =
+    option:
+    lib.mkOption (
+      option
+      // {
+        type = types.nullOr option.type;
+        default = null;
+      }
+    );
+  withoutUnset =
+    settings:
+    lib.filterAttrs (_: v: v != null && v != { }) (
+      lib.mapAttrs (_: v: if lib.isAttrs v then withoutUnset v else v) settings
+    );
+  # The longest time that the agent takes, a year.
+  seconds = types.ints.between 0 (366 * 24 * 60 * 60);
+
+  configFile = json.generate "guestagent-config.json" (withoutUnset cfg.settings);
 in
 {
   options.services.guestagent = {
     enable = lib.mkEnableOption "guestagent, which installs the credentials that the host gives this VM";
 
     package = lib.mkOption {
-      type = lib.types.package;
+      type = types.package;
       default = pkgs.callPackage ./package.nix { };
       defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
       description = "The package with the agent and its units.";
     };
 
-    settings.smbios.read = lib.mkOption {
-      type = lib.types.enum [
-        "auto"
-        "always"
-        "never"
-      ];
-      default = "auto";
-      description = ''
-        Whether to read credentials from SMBIOS OEM strings. `auto` reads them unless this is a confidential VM: there
-        the host, who writes them, is not trusted. `always` reads them there too, `never` reads them nowhere.
-      '';
+    settings = {
+      consumers.compare = key {
+        type = types.bool;
+        description = ''
+          Whether to tell what a unit runs with by reading what systemd gave it; by default the time when it was loaded
+          decides. `true` lets the agent's service see the credentials of every service.
+        '';
+      };
+
+      credentials = lib.mkOption {
+        type = types.attrsOf (
+          types.submodule {
+            options = {
+              onChange = key {
+                type = types.enum [
+                  "none"
+                  "auto"
+                  "reload"
+                  "restart"
+                ];
+                description = ''
+                  How the units that load the credential are refreshed when it changes and the call does not say; by
+                  default not at all. `auto` reloads where systemd then loads credentials anew
+                  (`RefreshOnReload=credentials`), and restarts elsewhere.
+                '';
+              };
+              restartUnits = key {
+                type = types.listOf types.str;
+                example = [ "pgbouncer.service" ];
+                description = "Units to restart when the credential changes, whether they load it or not.";
+              };
+              reloadUnits = key {
+                type = types.listOf types.str;
+                example = [ "nginx.service" ];
+                description = "Units to reload when the credential changes, whether they load it or not.";
+              };
+            };
+          }
+        );
+        default = { };
+        example.db-password.onChange = "auto";
+        description = "What a change of a credential brings about, by the credential's name.";
+      };
+
+      names.allow = key {
+        type = types.listOf types.str;
+        example = [ "ssh.*" ];
+        description = ''
+          Names, or prefixes that end in `*`, that the host may set while the guest runs although systemd itself acts on
+          them. By default none.
+        '';
+      };
+
+      peer.privilegedPort = key {
+        type = types.enum [
+          "required"
+          "ignored"
+        ];
+        description = ''
+          Whether the host has to call from a port below 1024, which only its root can. By default it has to. `ignored`
+          is for VMMs that show vsock as a Unix socket (cloud-hypervisor, Firecracker, vhost-device-vsock): they choose
+          the port, and the permissions of that socket are the guard.
+        '';
+      };
+
+      policy.load = lib.mkOption {
+        type = types.attrsOf (types.listOf types.str);
+        default = { };
+        example."db-*" = [
+          "web.service"
+          "worker@*.service"
+        ];
+        description = ''
+          Which units, with wildcards, may load a credential over the credentials socket, by its name or by a prefix
+          that ends in `*`. What none of these matches, any unit may load; `"*" = [ ]` turns that round.
+        '';
+      };
+
+      previous.ttl = key {
+        type = seconds;
+        example = 3600;
+        description = ''
+          How many seconds the values that a set replaced are kept for rollback. By default, and with 0, until the next
+          set.
+        '';
+      };
+
+      refresh.never = key {
+        type = types.listOf types.str;
+        example = [ "postgresql.service" ];
+        description = ''
+          Units, with wildcards, that are never refreshed for loading a credential. It replaces the default:
+          `systemd-*`, `*getty@*`, `user@*`, `sshd*@*` and `dbus*`.
+        '';
+      };
+
+      smbios.read = key {
+        type = types.enum [
+          "auto"
+          "always"
+          "never"
+        ];
+        description = ''
+          Whether to read credentials from SMBIOS OEM strings. `auto`, the default, reads them unless this is a
+          confidential VM: there the host, who writes them, is not trusted. `always` reads them there too, `never` reads
+          them nowhere.
+        '';
+      };
+
+      socket.wait = key {
+        type = seconds;
+        example = 300;
+        description = ''
+          How many seconds a unit may wait on the credentials socket for a credential that has not arrived; then it
+          fails. By default, and with 0, as long as its own start may take.
+        '';
+      };
     };
   };
 
-  options.services.guestagent.settings.peer.privilegedPort = lib.mkOption {
-    type = lib.types.enum [
-      "required"
-      "ignored"
-    ];
-    default = "required";
-    description = ''
-      Whether the host has to call from a port below 1024, which only its root can. `ignored` is for VMMs that show vsock
-      as a Unix socket (cloud-hypervisor, Firecracker, vhost-device-vsock): they choose the port, and the permissions of
-      that socket are the guard.
-    '';
-  };
-
-  options.services.guestagent.settings.names.allow = lib.mkOption {
-    type = lib.types.listOf lib.types.str;
-    default = [ ];
-    example = [ "ssh.*" ];
-    description = ''
-      Names, or prefixes that end in `*`, that the host may set while the guest runs although systemd itself acts on them.
-    '';
-  };
-
   config = lib.mkIf cfg.enable {
-    environment.etc."guestagent/config.json".source =
-      json.generate "guestagent-config.json" cfg.settings;
+    environment.etc."guestagent/config.json".source = configFile;
     environment.systemPackages = [ cfg.package ];
 
     # NixOS takes the units from the package but ignores their [Install] sections. run-credstore.mount needs none: the
     # import pulls it in.
-    systemd.packages = [ cfg.package ];
+    systemd.packages = [
+      cfg.package
+    ]
+    ++ lib.optional (cfg.settings.consumers.compare != null && cfg.settings.consumers.compare) (
+      pkgs.linkFarm "guestagent-compare" {
+        "lib/systemd/system/guestagent.service.d/compare.conf" =
+          "${cfg.package}/share/guestagent/compare.conf";
+      }
+    );
     systemd.services.guestagent-import.wantedBy = [ "sysinit.target" ];
     systemd.sockets.guestagent.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-local.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-credentials.wantedBy = [ "sockets.target" ];
+
+    systemd.services.guestagent = {
+      # By default a switch stops a changed service, and stops and starts the socket of the same name
+      # (switch-to-configuration-ng, handle_modified_unit). If another of our sockets has started the service again by
+      # then, systemd does not start guestagent.socket (socket_start: "already active, refusing"). A restart leaves the
+      # sockets alone, and systemd keeps the connections of waiting units over it. A socket unit that changed is left as
+      # it is, so that there is nothing to say for those.
+      stopIfChanged = false;
+      # The agent reads its configuration only when it starts, and does not end while a unit waits.
+      restartTriggers = [ configFile ];
+    };
 
     # PID 1 imports OEM strings and fw_cfg in the initrd, and loads these there if the initrd has them.
     boot.initrd.availableKernelModules = [

@@ -26,7 +26,7 @@ buildGoModule (finalAttrs: {
   };
 
   # tests/nix/check --update writes it anew after a change of go.mod.
-  vendorHash = "sha256-H6DgJY/dYDNHV+mAQqFLvrsh9Up7zA0VYeGY6TPForA=";
+  vendorHash = "sha256-nIWPBL/r/w21MIOrD/ZWjbhKmlXZ8JnmpnYZ9y4A+GY=";
 
   subPackages = [ "cmd/guestagent" ];
   env.CGO_ENABLED = 0;
@@ -44,6 +44,7 @@ buildGoModule (finalAttrs: {
     install -D -m 444 -t "$out/lib/systemd/system" systemd/*.mount systemd/*.service systemd/*.socket
     substituteInPlace "$out"/lib/systemd/system/*.service \
       --replace-fail /usr/bin/guestagent "$out/bin/guestagent"
+    install -D -m 444 -t "$out/share/guestagent" systemd/optional/compare.conf
   '';
 
   meta = {

@@ -99,7 +99,7 @@ func (t *trial) run(ctx context.Context, a *Agent, cfg Config, log *slog.Logger,
 		}
 		return nil
 	})
-	if errors.Is(err, consumer.ErrLost) || err != nil && ctx.Err() == nil && !isRolledBack(err) {
+	if err != nil && ctx.Err() == nil && !isRolledBack(err) {
 		// Nobody can be watched any more: what is not known to be good is not
 		// left in force.
 		log.Error("a gate cannot go on", slog.Uint64("generation", t.Generation), slog.String("error", err.Error()))
@@ -175,8 +175,8 @@ func (t *trial) start(ctx context.Context, a *Agent, bus systemd, cfg Config, un
 
 // watch waits until the gate has passed, or a unit did not stand it.
 func (t *trial) watch(ctx context.Context, a *Agent, bus systemd, progress func(vsockrpc.Progress)) error {
-	var left time.Duration
-	if now := credstore.MonotonicUSec(); now < t.UntilUSec {
+	var left time.Duration // none where there is nobody to watch
+	if now := credstore.MonotonicUSec(); len(t.Jobs) > 0 && now < t.UntilUSec {
 		left = time.Duration(min(t.UntilUSec-now, t.GateUSec)) * time.Microsecond //nolint:gosec // at most an hour
 	}
 	waitingFor := make([]string, len(t.Jobs))

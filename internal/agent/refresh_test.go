@@ -546,14 +546,18 @@ func TestGateInProgress(t *testing.T) {
 		<-pass
 		return nil
 	}
-	s := g.serve(time.Millisecond)
+	s := g.serve(time.Second) // long enough for the callers to come
 	caller := s.client()
-	ended := make(chan error)
+	ended := make(chan error, 1)
 	go func() {
 		_, err := caller.Apply(t.Context(), gated(time.Hour, value("a", "1")))
 		ended <- err
 	}()
-	<-watching
+	select {
+	case <-watching:
+	case err := <-ended:
+		t.Fatalf("Apply = %v, want it to watch", err)
+	}
 	_ = caller.Client.Close()
 	if err := <-ended; err == nil {
 		t.Error("Apply over a closed connection succeeded")

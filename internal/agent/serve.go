@@ -43,8 +43,8 @@ type Serving struct {
 	Listeners []net.Listener
 	// Credentials is the listening credentials socket, nil for none. Restored
 	// are connections of units that waited on it when an agent before this one
-	// ended, Store is where such connections are kept; nil for nowhere. They are
-	// taken over.
+	// ended, whether the socket is there still or not. Store is where such
+	// connections are kept; nil for nowhere. Files are taken over.
 	Credentials *os.File
 	Restored    []*os.File
 	Store       credsocket.FDStore
@@ -85,8 +85,10 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	c := credentials{a: a, cfg: cfg, log: s.Log, work: &work{ctx: workCtx, busy: busy}, giving: new(atomic.Bool)}
 	var loading sync.WaitGroup
 	stopLoading := func() {}
-	if s.Credentials != nil {
-		defer s.Credentials.Close()
+	if s.Credentials != nil || len(s.Restored) > 0 {
+		if s.Credentials != nil {
+			defer s.Credentials.Close()
+		}
 		hand, err := a.newHandout(cfg, s.Log)
 		if err != nil {
 			return fmt.Errorf("serving credentials to units: %w", err)

@@ -35,15 +35,34 @@ let
   inherit ((evaluate { })) pkgs;
 
   package = pkgs.callPackage ../../nixos/package.nix { };
+  onWith =
+    settings:
+    systemWith {
+      services.guestagent = {
+        enable = true;
+        inherit settings;
+      };
+    };
   configWith =
     settings:
-    builtins.fromJSON
-      (systemWith {
-        services.guestagent = {
-          enable = true;
-          inherit settings;
-        };
-      }).environment.etc."guestagent/config.json".source.text;
+    builtins.fromJSON (onWith settings).environment.etc."guestagent/config.json".source.text;
+  compare = value: onWith { consumers.compare = value; };
+  # Every key that the agent knows, none with its default.
+  everySetting = {
+    consumers.compare = true;
+    credentials.db-password = {
+      onChange = "auto";
+      reloadUnits = [ "nginx.service" ];
+      restartUnits = [ "pgbouncer.service" ];
+    };
+    names.allow = [ "ssh.*" ];
+    peer.privilegedPort = "ignored";
+    policy.load."db-*" = [ "web.service" ];
+    previous.ttl = 3600;
+    refresh.never = [ "postgresql.service" ];
+    smbios.read = "never";
+    socket.wait = 300;
+  };
 
   systems = [
     "aarch64-linux"
@@ -64,13 +83,18 @@ in
     "module: no assertion fails" = (evaluate { services.guestagent.enable = true; }).ok;
     "module: systemd gets the package's units" =
       map (p: p.pname) on.systemd.packages == [ "guestagent" ];
-    "module: it adds to the import unit and defines no unit of its own" =
-      lib.attrNames on.systemd.services == [ "guestagent-import" ]
-      && on.systemd.services.guestagent-import.serviceConfig == { }
-      && on.systemd.services.guestagent-import.overrideStrategy == "asDropinIfExists";
+    "module: it adds to the services and defines none of its own" =
+      lib.attrNames on.systemd.services == [
+        "guestagent"
+        "guestagent-import"
+      ]
+      && lib.all (s: s.serviceConfig == { } && s.overrideStrategy == "asDropinIfExists") (
+        lib.attrValues on.systemd.services
+      );
     "module: it adds to the sockets" =
       lib.attrNames on.systemd.sockets == [
         "guestagent"
+        "guestagent-credentials"
         "guestagent-local"
       ]
       && lib.all (s: s.socketConfig == { } && s.listenStreams == [ ]) (lib.attrValues on.systemd.sockets);
@@ -93,22 +117,27 @@ in
     "module: a guest without SMBIOS loads its modules" =
       !(lib.elem "dmi_sysfs" on.boot.kernelModules)
       && !(lib.elem "dmi_sysfs" on.boot.initrd.kernelModules);
-    "module: the configuration file by default" = 
-      configWith { } == {
-        names.allow = [ ];
-        peer.privilegedPort = "required";
-        smbios.read = "auto";
-      };
-    "module: the configuration file with a setting" =
+    "module: a switch restarts the agent in one step" = !on.systemd.services.guestagent.stopIfChanged;
+    "module: a switch restarts the agent for its configuration" =
+      on.systemd.services.guestagent.restartTriggers == [
+        on.environment.etc."guestagent/config.json".source
+      ];
+    "module: what nobody sets is not in the configuration file" = configWith { } == { };
+    "module: the configuration file with every setting" = configWith everySetting == everySetting;
+    "module: an empty list is a setting" =
       configWith {
-        names.allow = [ "ssh.*" ];
-        peer.privilegedPort = "ignored";
-        smbios.read = "never";
+        policy.load."*" = [ ];
+        refresh.never = [ ];
       } == {
-        names.allow = [ "ssh.*" ];
-        peer.privilegedPort = "ignored";
-        smbios.read = "never";
+        policy.load."*" = [ ];
+        refresh.never = [ ];
       };
+    "module: the drop-in of consumers.compare with it alone" =
+      map (p: p.pname) (compare true).systemd.packages == [
+        "guestagent"
+        "guestagent-compare"
+      ]
+      && map (p: p.pname) (compare false).systemd.packages == [ "guestagent" ];
     "module: every option is described" =
       let
         undescribed =
@@ -169,13 +198,21 @@ in
       value = configWith { smbios.reed = "auto"; };
       message = "services.guestagent.settings.smbios.reed' does not exist";
     };
+    "module: a setting of a credential that does not exist" = {
+      value = configWith { credentials.db-password.onchange = "auto"; };
+      message = "services.guestagent.settings.credentials.db-password.onchange' does not exist";
+    };
     "module: a setting with a wrong value" = {
       value = configWith { smbios.read = "sometimes"; };
-      message = "services.guestagent.settings.smbios.read' is not of type `one of";
+      message = "services.guestagent.settings.smbios.read' is not of type `null or one of";
     };
     "module: a setting of a wrong type" = {
-      value = configWith { smbios.read = true; };
-      message = "services.guestagent.settings.smbios.read' is not of type `one of";
+      value = configWith { policy.load.db-password = "web.service"; };
+      message = "services.guestagent.settings.policy.load.db-password' is not of type `list of";
+    };
+    "module: a time that the agent does not take" = {
+      value = configWith { socket.wait = 366 * 24 * 60 * 60 + 1; };
+      message = "services.guestagent.settings.socket.wait' is not of type `null or integer between";
     };
     "module: a package that is none" = {
       value =
@@ -193,8 +230,34 @@ in
     inherit (package) postInstall vendorHash version;
     ldflags = lib.concatStringsSep " " package.ldflags;
     sources = lib.concatMapStringsSep "\n" toString package.src.fileset;
-    # What NixOS would write to guestagent-import.service.d/overrides.conf.
-    importDropIn = on.systemd.unitText."guestagent-import.service";
+    everySetting = builtins.toJSON everySetting;
+    # A configuration with a key ? in each group, and for each PATH: KEY, KEY… that should be known there instead.
+    unknownKeys = builtins.toJSON (
+      lib.mapAttrs (_: group: group // { "?" = 0; }) (removeAttrs everySetting [ "credentials" ])
+      // {
+        "?" = 0;
+        credentials.db-password = everySetting.credentials.db-password // {
+          "?" = 0;
+        };
+      }
+    );
+    knownKeys = lib.concatStringsSep "\n" (
+      lib.mapAttrsToList (path: group: "${path}?: ${lib.concatStringsSep ", " (lib.attrNames group)}") (
+        {
+          "" = everySetting;
+          "credentials.db-password." = everySetting.credentials.db-password;
+        }
+        // lib.mapAttrs' (name: lib.nameValuePair "${name}.") (removeAttrs everySetting [ "credentials" ])
+      )
+    );
+    # FILE TARGET, for each link that consumers.compare brings. A TARGET is relative to the package.
+    compareLinks = lib.concatStringsSep "\n" (
+      lib.mapAttrsToList (file: target: "${file} ${lib.removePrefix "${package}/" target}") (
+        lib.elemAt (compare true).systemd.packages 1
+      ).entries
+    );
+    # What NixOS would write to each unit's overrides.conf, but for the restart triggers.
+    overrides = on.systemd.unitText;
     # UNIT TARGET, for each unit that the module has a target pull in.
     wantedBy = lib.concatStringsSep "\n" (
       lib.concatLists (

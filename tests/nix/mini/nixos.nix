@@ -12,7 +12,7 @@ let
     runtimeShell = "${self.bash}/bin/bash"; hello = stub "hello" "";
     writeText = stub; writeScript = stub; writeShellScript = n: t: stub n t; writeShellScriptBin = n: t: stub n t;
     writeShellApplication = { name, text, ... }: stub name text; writeTextFile = { name, text, ... }: stub name text;
-    runCommand = n: _: t: stub n t; linkFarm = n: _: stub n ""; mkShell = a: stub "nix-shell" "" // a;
+    runCommand = n: _: t: stub n t; linkFarm = n: entries: assert lib.isAttrs entries; stub n "" // { inherit entries; }; mkShell = a: stub "nix-shell" "" // a;
     # the function form sees its own result, as finalAttrs
     buildGoModule = a: lib.fix (final: stub final.pname "" // (if lib.isFunction a then a final else a));
     callPackage = f: given: let fn = if lib.isFunction f then f else import f; in fn (builtins.intersectAttrs (builtins.functionArgs fn) self // given);

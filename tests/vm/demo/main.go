@@ -1,38 +1,57 @@
-// Demo boots a virtual machine with a secret in an SMBIOS OEM string, and shows how it reaches a service. Then it pushes
-// another one into the running machine.
+// Demo boots a virtual machine with a key in an SMBIOS OEM string, and shows how it reaches a service. Then the host
+// changes the key under the running service, sees a bad one rolled back, and pushes another key that a service waits for.
+// Each step is checked: the program fails where what it shows is not so.
 package main
 
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/guestagent/guestagent/tests/vm"
 )
 
-// The service that the secret is for. It knows nothing of guestagent.
-const unit = `[Unit]
+const (
+	// The services that the keys are for. They know nothing of guestagent, but for the path of a socket.
+	demoUnit = `[Unit]
 Description=A service that needs an API key
 
 [Service]
-Type=oneshot
-RemainAfterExit=yes
+Type=notify
+NotifyAccess=all
 LoadCredential=api-key
-ExecStart=/bin/sh -c 'sha256sum < $${CREDENTIALS_DIRECTORY}/api-key'
+ExecStart=/usr/local/bin/use-key api-key
 
 [Install]
 WantedBy=multi-user.target
 `
+	signerUnit = `[Unit]
+Description=A service that waits for its key
+After=guestagent-credentials.socket
+
+[Service]
+Type=notify
+NotifyAccess=all
+LoadCredential=signing-key:/run/guestagent/credentials.sock
+ExecStartPre=/usr/bin/test -s ${CREDENTIALS_DIRECTORY}/signing-key
+ExecStart=/usr/local/bin/use-key signing-key
+`
+	// useKey is what they run.
+	useKey = `#!/bin/sh
+# It says which key it has, and is ready. What is wrong with a key it notices only at work.
+key=$CREDENTIALS_DIRECTORY/$1
+echo "$1 has SHA-256 $(sha256sum <"$key" | cut -c -16)"
+systemd-notify --ready
+sleep 2
+grep -q ^key- "$key" || { echo "$1 is no key: it does not begin with key-"; exit 1; }
+exec sleep infinity
+`
+)
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -45,26 +64,27 @@ func main() {
 }
 
 func run(ctx context.Context, out io.Writer) (err error) {
-	say := func(format string, a ...any) { fmt.Fprintf(out, "\n==> "+format+"\n", a...) }
+	d := demo{out: out}
 	release := vm.Releases()[1]
-	say("Building a guest with Debian %s (once; it is kept for the next time)", release.Name)
+	d.say("Building a guest with Debian %s (once; it is kept for the next time)", release.Name)
 	image, err := vm.BuildImage(ctx, release, out)
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "guestagent-demo-")
-	if err != nil {
+	if d.dir, err = os.MkdirTemp("", "guestagent-demo-"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	overlay, err := vm.Installed(ctx, dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
+	overlay, err := vm.Installed(ctx, d.dir)
 	if err != nil {
 		return err
 	}
 	overlay = append(
 		overlay,
-		vm.File{Path: "/etc/systemd/system/demo.service", Content: []byte(unit)},
+		vm.File{Path: "/usr/local/bin/use-key", Mode: 0o755, Content: []byte(useKey)},
+		vm.File{Path: "/etc/systemd/system/demo.service", Content: []byte(demoUnit)},
 		vm.File{Path: "/etc/systemd/system/multi-user.target.wants/demo.service", Symlink: "../demo.service"},
+		vm.File{Path: "/etc/systemd/system/signer.service", Content: []byte(signerUnit)},
 		// The device that stands in for vhost-vsock here chooses the port by itself.
 		vm.File{Path: "/etc/guestagent/config.json", Content: []byte(`{"peer": {"privilegedPort": "ignored"}}`)},
 	)
@@ -76,92 +96,62 @@ func run(ctx context.Context, out io.Writer) (err error) {
 		vsock = &vm.VsockConfig{Program: program}
 	}
 
-	key := make([]byte, 16)
-	_, _ = rand.Read(key) // never fails
-	text := fmt.Sprintf("%x", key)
-	say("Booting it with three OEM strings: io.guestagent.credential:api-key=…, and two with mistakes in them")
-	m, err := vm.Boot(ctx, vm.Config{
+	key := newKey()
+	d.say("Booting it with two OEM strings: io.guestagent.credential:api-key=…, and one with a mistake in it")
+	d.guest, err = vm.Boot(ctx, vm.Config{
 		Image:   image,
 		Overlay: overlay,
 		Console: out,
 		Vsock:   vsock,
 		OEMStrings: vm.OEM(
-			"io.guestagent.credential:api-key="+text,
+			"io.guestagent.credential:api-key="+key,
 			"io.guestagent.credential.binary:certificate=not base64",
-			"io.guestagent.credental:misspelt=…",
 		),
 	})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.Close()) }()
+	defer func() { err = errors.Join(err, d.guest.Close()) }()
 
-	for _, command := range []string{
-		"systemctl cat demo.service",
-		"systemctl status --no-pager --lines=3 demo.service",
-		"guestagent status",
-		"findmnt /run/credstore",
-		"systemd-analyze security --no-pager guestagent-import.service",
-	} {
-		say("In the guest: %s", command)
-		res, err := m.Run(ctx, strings.Fields(command)...)
-		if err != nil {
-			return err
-		}
-		stdout := res.Stdout
-		if strings.HasPrefix(command, "systemd-analyze") {
-			stdout = stdout[bytes.LastIndexByte(bytes.TrimSpace(stdout), '\n')+1:]
-		}
-		_, _ = out.Write(append(stdout, res.Stderr...))
-	}
-
-	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(text)))
-	res, err := m.Run(ctx, "journalctl", "--output=cat", "--unit=demo.service")
-	if err != nil {
+	if err := d.booted(ctx, key); err != nil {
 		return err
 	}
-	if !bytes.Contains(res.Stdout, []byte(sum)) {
-		return fmt.Errorf("the service did not get the key: its journal says %q", res.Stdout)
-	}
-	say("The service has the key that the host made: both say SHA-256 %s…", sum[:16])
 	if vsock == nil {
-		say("There is no vsock to push by: %v", vsockErr)
+		d.say("There is no vsock to push by: %v", vsockErr)
 		return nil
 	}
-	return push(ctx, out, m, dir)
+	return d.live(ctx, key)
 }
 
-// push shows the other half: the host changes a running guest.
-func push(ctx context.Context, out io.Writer, m *vm.Machine, dir string) error {
-	ctl := filepath.Join(dir, "guestctl")
-	if err := vm.BuildBinary(ctx, "github.com/guestagent/guestagent/cmd/guestctl", ctl); err != nil {
+// booted shows how a key of the boot reached a service.
+func (d *demo) booted(ctx context.Context, key string) error {
+	// From here on the console is quiet: it shares the output with us.
+	if _, err := d.run(ctx, "dmesg --console-level=err"); err != nil {
 		return err
 	}
-	file := filepath.Join(dir, "db-password")
-	if err := os.WriteFile(file, []byte("not a real one"), 0o600); err != nil {
-		return err
-	}
-	target := "vsock-mux:" + m.VsockPath()
-	for _, args := range [][]string{
-		{"push", target, "--revision=2", "db-password:" + file},
-		{"list", target},
+	for _, command := range []string{
+		"systemctl cat demo.service",
+		"cat /usr/local/bin/use-key",
+		"systemctl status --no-pager --lines=0 demo.service",
+		"guestagent status",
+		"findmnt /run/credstore",
 	} {
-		fmt.Fprintf(out, "\n==> On the host: guestctl %s\n", strings.Join(args, " "))
-		cmd := exec.CommandContext(ctx, ctl, args...)
-		cmd.Stdout, cmd.Stderr = out, out
-		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("running guestctl: %w", err)
+		if err := d.inGuest(ctx, command); err != nil {
+			return err
 		}
 	}
-	command := "systemd-run --quiet --wait --pipe --property=LoadCredential=db-password sh -c 'wc -c < $CREDENTIALS_DIRECTORY/db-password'"
-	fmt.Fprintf(out, "\n==> In the guest, a service that starts now: %s\n", command)
-	res, err := m.Run(ctx, "sh", "-c", command)
+	const command = "systemd-analyze security --no-pager guestagent-import.service"
+	d.say("In the guest: %s | tail -n1", command)
+	text, err := d.run(ctx, command)
 	if err != nil {
 		return err
 	}
-	_, _ = out.Write(append(res.Stdout, res.Stderr...))
-	if strings.TrimSpace(string(res.Stdout)) != "14" {
-		return errors.New("the service did not get what was pushed")
+	text = bytes.TrimSpace(text)
+	fmt.Fprintf(d.out, "%s\n", text[bytes.LastIndexByte(text, '\n')+1:])
+
+	if err := d.journal(ctx, "demo.service", has("api-key", key)); err != nil {
+		return err
 	}
+	d.say("The service has the key that the host made: both say SHA-256 %s", digest(key))
 	return nil
 }

@@ -11,6 +11,10 @@
 // decision. It reads no credential and no store, does not log, and trusts PID 1
 // and the file system's permissions on its socket.
 //
+// It tells what is set, not what systemd makes of it: socket units may load
+// credentials and their commands are given none (seen up to 262), mount units
+// none up to 257.
+//
 // What D-Bus does not show, it cannot tell: a unit file is known once systemd
 // has loaded it, so an inactive unit that nothing refers to is missing, and a
 // service that was masked while it ran has lost its settings with the next

@@ -192,7 +192,9 @@ func (c *Conn) settings(ctx context.Context, unit string) (settings, error) {
 
 // describe asks for the rest of a unit.
 func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load) (Unit, error) {
-	wanted := []property{{ifaceUnit, "InvocationID"}, {ifaceUnit, "CanReload"}, {ifaceUnit, "RefuseManualStop"}}
+	wanted := []property{
+		{ifaceUnit, "InvocationID"}, {ifaceUnit, "CanReload"}, {ifaceUnit, "RefuseManualStop"}, {ifaceUnit, "InactiveExitTimestampMonotonic"},
+	}
 	isService := execInterface(u.Name) == ifaceService
 	if isService {
 		wanted = append(wanted,
@@ -200,8 +202,6 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 			property{ifaceService, "ExecMainStartTimestampMonotonic"},
 			property{ifaceService, "RefreshOnReload"}, // from systemd 260
 		)
-	} else {
-		wanted = append(wanted, property{ifaceUnit, "InactiveExitTimestampMonotonic"})
 	}
 	v, err := c.get(ctx, unitPath(u.Name), wanted...)
 	if err != nil {
@@ -228,7 +228,13 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 	}
 	unit.LoadedUSec = v.number("InactiveExitTimestampMonotonic")
 	if isService {
-		unit.LoadedUSec = v.number("ExecMainStartTimestampMonotonic")
+		main := v.number("ExecMainStartTimestampMonotonic")
+		if u.ActiveState == "activating" {
+			// Until its main process is there, that is the time of the one before,
+			// and what is there is of this start.
+			main = max(main, unit.LoadedUSec)
+		}
+		unit.LoadedUSec = main
 	}
 	if !unit.RefreshOnReload {
 		return unit, nil

@@ -58,6 +58,7 @@ func TestFindOld(t *testing.T) {
 		{ifaceService, "LoadCredentialEncrypted"}:         []loadCredential{{"y", "/run/credstore/key"}},
 		{ifaceService, "EnvironmentFiles"}:                []flaggedFile{{"/run/credstore/key", true}},
 		{ifaceUnit, "InvocationID"}:                       []byte{0: 0xAB, 15: 1},
+		{ifaceUnit, "InactiveExitTimestampMonotonic"}:     uint64(6),
 		{ifaceUnit, "CanReload"}:                          true,
 		{ifaceUnit, "RefuseManualStop"}:                   true,
 		{ifaceService, "Type"}:                            "notify",
@@ -141,20 +142,22 @@ func TestFindWrong(t *testing.T) {
 // reloaded.
 func TestLoadedUSec(t *testing.T) {
 	for _, tt := range []struct {
-		name                            string
-		refresh                         []string
-		active                          string
-		mainStart, activeEnter, changed uint64
-		reloadResult                    string
-		want                            uint64
+		name                                  string
+		refresh                               []string
+		active                                string
+		exit, mainStart, activeEnter, changed uint64
+		reloadResult                          string
+		want                                  uint64
 	}{
-		{"no refresh", []string{"extensions"}, "active", 1, 2, 3, "success", 1},
-		{"never reloaded", []string{"credentials"}, "active", 1, 2, 2, "success", 1},
-		{"reloaded", []string{"extensions", "credentials"}, "active", 1, 2, 3, "success", 3},
-		{"failed reload", []string{"credentials"}, "active", 1, 2, 3, "exit-code", 1},
-		{"reloading", []string{"credentials"}, "reloading", 1, 2, 3, "success", 1},
-		{"starting", []string{"credentials"}, "activating", 1, 0, 1, "success", 1},
-		{"stopped", []string{"credentials"}, "inactive", 1, 2, 3, "success", 0},
+		{"no refresh", []string{"extensions"}, "active", 1, 1, 2, 3, "success", 1},
+		{"never reloaded", []string{"credentials"}, "active", 1, 1, 2, 2, "success", 1},
+		{"reloaded", []string{"extensions", "credentials"}, "active", 1, 1, 2, 3, "success", 3},
+		{"failed reload", []string{"credentials"}, "active", 1, 1, 2, 3, "exit-code", 1},
+		{"reloading", []string{"credentials"}, "reloading", 1, 1, 2, 3, "success", 1},
+		{"starting", []string{"credentials"}, "activating", 1, 1, 0, 1, "success", 1},
+		{"before its main process", []string{}, "activating", 5, 1, 2, 3, "success", 5},
+		{"with its main process", []string{}, "activating", 5, 6, 2, 3, "success", 6},
+		{"stopped", []string{"credentials"}, "inactive", 1, 1, 2, 3, "success", 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m, c := newFake(t)
@@ -162,6 +165,7 @@ func TestLoadedUSec(t *testing.T) {
 			m.set(t, "a.service", false, map[property]any{
 				{ifaceService, "RefreshOnReload"}:                 tt.refresh,
 				{ifaceService, "ExecMainStartTimestampMonotonic"}: tt.mainStart,
+				{ifaceUnit, "InactiveExitTimestampMonotonic"}:     tt.exit,
 				{ifaceUnit, "ActiveEnterTimestampMonotonic"}:      tt.activeEnter,
 				{ifaceUnit, "StateChangeTimestampMonotonic"}:      tt.changed,
 				{ifaceService, "ReloadResult"}:                    tt.reloadResult,

@@ -103,8 +103,18 @@ func (c *Conn) queue(ctx context.Context, j Job) (uint32, error) {
 	// A restart that is asked for counts for the start limit like one of systemd's
 	// own (unit_test_start_limit in src/core/unit.c): a few changes within ten
 	// seconds would leave a sound service failed. A unit that is not loaded has
-	// nothing to be reset.
-	if j.Action != ActionReload {
+	// nothing to be reset; of one that failed, and is to be left alone, the
+	// failure would be lost.
+	reset := j.Action == ActionRestart
+	if j.Action == ActionTryRestart {
+		v, err := c.get(ctx, unitPath(j.Unit), property{ifaceUnit, "ActiveState"})
+		if err != nil && !isAnswer(err) {
+			return 0, err
+		}
+		state := v.text("ActiveState")
+		reset = err == nil && state != "failed" && state != "inactive"
+	}
+	if reset {
 		if err := c.manager.ResetFailedUnitContext(ctx, j.Unit); err != nil && !isAnswer(err) {
 			return 0, c.failure(ctx, fmt.Sprintf("resetting %q", j.Unit), err)
 		}

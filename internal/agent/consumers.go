@@ -65,7 +65,7 @@ func (a *Agent) newView(tx *credstore.Tx, cfg Config, removed []string) (*view, 
 func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string) {
 	inForce, there := v.entries[l.Name]
 	previous, kept := v.previous[l.Name]
-	if !running(u) {
+	if !running(u) || strings.HasSuffix(u.Name, ".socket") {
 		return vsockrpc.LoadedNone, ""
 	}
 	which := func(had, now, before uint64) string {
@@ -89,6 +89,8 @@ func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string
 		default:
 			loaded = vsockrpc.LoadedUnknown
 		}
+	case !strings.HasSuffix(u.Name, ".service"):
+		return vsockrpc.LoadedUnknown, "" // what it was given went with the process that used it
 	case inForce.State == credstore.StateShadowed && (l.Way == consumer.WayFile || l.Way == consumer.WayImport):
 		return vsockrpc.LoadedUnknown, "" // it has the other file's
 	default:
@@ -129,10 +131,16 @@ func (v *view) changedAt(name string) uint64 {
 
 // staleLoad reports whether the unit runs with another value of the name than
 // the one in force. What nobody can tell counts as stale, but where systemd
-// finds another file than the store's: no refresh would mend that.
+// finds another file than the store's, since no refresh would mend that, and for
+// units other than services. systemd takes their settings and gives them
+// nothing: a socket's commands by none up to 262, mount(8) by none up to 257.
 func (v *view) staleLoad(u consumer.Unit, l consumer.Load) bool {
 	if !running(u) {
 		return false
+	}
+	if !strings.HasSuffix(u.Name, ".service") {
+		loaded, _ := v.loaded(u, l)
+		return loaded == vsockrpc.LoadedPrevious
 	}
 	e, there := v.entries[l.Name]
 	if !there {

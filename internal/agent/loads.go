@@ -25,9 +25,9 @@ import (
 const (
 	// maxLoads bounds the units that are remembered for what they were handed.
 	maxLoads = 4096
-	// pinUnused is how long the values of one start stay open after the last
-	// request. It costs memory only, and only where they were replaced.
-	pinUnused = 2 * time.Minute
+	// pinCheck is how often it is looked whether a start is over whose values are
+	// kept open.
+	pinCheck = 5 * time.Second
 	// busIdle is how long the connection to PID 1 is kept between requests.
 	busIdle = 5 * time.Second
 	// busRetry is how long a request waits where PID 1 does not answer, as it
@@ -115,9 +115,15 @@ type handout struct {
 	log    *slog.Logger
 	server *credsocket.Server
 
-	// Of the goroutine that decides.
+	// hold keeps the agent from ending when idle, until release is called.
+	hold func() (release func())
+
+	// turn guards what follows: of who decides, and of who lets go of pins.
+	turn  sync.Mutex
 	pins  map[string]*pin
 	asked map[credsocket.Request]string // who was said to wait, with the invocation
+	timer *time.Timer                   // runs while there are pins
+	stay  func()                        // releases what hold holds while there are pins
 	bus   sharedBus
 
 	mu     sync.Mutex
@@ -134,7 +140,7 @@ type pin struct {
 	reload     uint32
 	generation uint64
 	values     map[string]pinned
-	used       time.Time
+	over       bool // the start was over when it was last looked at
 }
 
 type pinned struct {
@@ -149,7 +155,10 @@ func (p *pin) close() {
 }
 
 func (a *Agent) newHandout(cfg Config, log *slog.Logger) (*handout, error) {
-	h := &handout{a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{}}
+	h := &handout{
+		a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{},
+		hold: func() func() { return func() {} },
+	}
 	h.bus.dial = a.pid1
 	tx, err := a.store().View()
 	if err != nil {
@@ -166,7 +175,8 @@ func (a *Agent) newHandout(cfg Config, log *slog.Logger) (*handout, error) {
 // decide says what becomes of a request: see [credsocket.Server].
 func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.Decision {
 	refuse := func(err error) credsocket.Decision { return credsocket.Decision{Refuse: err} }
-	h.unpin()
+	h.turn.Lock()
+	defer h.turn.Unlock()
 	if err := h.cfg.mayLoad(r.Unit, r.Name); err != nil {
 		return refuse(err)
 	}
@@ -187,10 +197,7 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 	}
 	p := h.pins[r.Unit]
 	if p == nil || p.invocation != start.InvocationID || reload != 0 && p.reload != reload {
-		if p != nil {
-			p.close()
-			delete(h.pins, r.Unit)
-		}
+		h.dropLocked(r.Unit)
 		var missing string
 		if p, missing, err = h.pin(r, start, reload); err != nil {
 			return refuse(err)
@@ -199,9 +206,9 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 			h.waits(r, start.InvocationID, missing)
 			return credsocket.Decision{}
 		}
-		h.pins[r.Unit] = p
+		h.keepLocked(r.Unit, p)
 	}
-	p.used = time.Now()
+	p.over = false
 	v, ok := p.values[r.Name]
 	if !ok {
 		// Not among what systemd says the unit loads: its definition changed
@@ -274,14 +281,54 @@ func (h *handout) waits(r credsocket.Request, invocation, missing string) {
 	h.log.Info("a unit waits for a credential", slog.String("unit", r.Unit), slog.String("credential", missing))
 }
 
-// unpin closes what no start needs any more.
+// keepLocked keeps a pin, and notes it before anything is handed out: an agent
+// that comes after this one in the middle of the start has to know which
+// generation it began with.
+func (h *handout) keepLocked(unit string, p *pin) {
+	h.pins[unit] = p
+	if h.stay == nil {
+		h.stay = h.hold()
+		h.timer = time.AfterFunc(pinCheck, h.unpin)
+	}
+	h.note(unit, p, func(unitLoads) {})
+	h.save()
+}
+
+func (h *handout) dropLocked(unit string) {
+	if p := h.pins[unit]; p != nil {
+		p.close()
+		delete(h.pins, unit)
+	}
+}
+
+// unpin lets go of the values of starts that are over. A service of Type=simple
+// counts as started a moment before it asks: it has until the next look.
 func (h *handout) unpin() {
+	h.turn.Lock()
+	defer h.turn.Unlock()
+	if h.stay == nil {
+		return // closed
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), pid1Timeout)
+	defer cancel()
 	for unit, p := range h.pins {
-		if time.Since(p.used) > pinUnused {
-			p.close()
-			delete(h.pins, unit)
+		start, err := h.starting(ctx, unit)
+		switch {
+		case err != nil:
+		case start.InvocationID == p.invocation && inProgress(start):
+			p.over = false
+		case p.over:
+			h.dropLocked(unit)
+		default:
+			p.over = true
 		}
 	}
+	if len(h.pins) > 0 {
+		h.timer.Reset(pinCheck)
+		return
+	}
+	h.stay()
+	h.stay = nil
 }
 
 func (h *handout) starting(ctx context.Context, unit string) (consumer.Start, error) {
@@ -299,25 +346,31 @@ func (h *handout) starting(ctx context.Context, unit string) (consumer.Start, er
 // count as stale.
 func (h *handout) given(r credsocket.Request, p *pin, e credstore.Entry) {
 	h.a.audit(h.log, r, e)
+	h.note(r.Unit, p, func(u unitLoads) { u.Names[r.Name] = load{Generation: e.Generation, Revision: e.Revision} })
+	h.saving.Go(h.save)
+}
+
+// note remembers that a start loads what is in force in p's generation, and what
+// add adds to that.
+func (h *handout) note(unit string, p *pin, add func(unitLoads)) {
 	h.mu.Lock()
-	u := h.loads[r.Unit]
+	defer h.mu.Unlock()
+	u := h.loads[unit]
 	if u.InvocationID != p.invocation || u.Reload != p.reload {
-		u = unitLoads{InvocationID: p.invocation, Reload: p.reload, Names: map[string]load{}}
-		if p.reload != 0 && h.loads[r.Unit].InvocationID == p.invocation {
-			// What a reload does not load it keeps.
-			maps.Copy(u.Names, h.loads[r.Unit].Names)
+		names := map[string]load{}
+		if p.reload != 0 && u.InvocationID == p.invocation {
+			maps.Copy(names, u.Names) // what a reload does not load it keeps
 		}
+		u = unitLoads{InvocationID: p.invocation, Reload: p.reload, Names: names}
 	}
 	u.Generation, u.At = p.generation, time.Now().UTC()
-	u.Names[r.Name] = load{Generation: e.Generation, Revision: e.Revision}
-	h.loads[r.Unit] = u
+	add(u)
+	h.loads[unit] = u
 	if len(h.loads) > maxLoads {
 		oldest := slices.MinFunc(slices.Collect(maps.Keys(h.loads)), func(x, y string) int { return h.loads[x].At.Compare(h.loads[y].At) })
 		delete(h.loads, oldest)
 	}
 	h.dirty = true
-	h.mu.Unlock()
-	h.saving.Go(h.save)
 }
 
 // save writes what is remembered, if that has changed since it was written.
@@ -347,10 +400,16 @@ func (h *handout) save() {
 
 // close lets go of everything. It must not be called while the server serves.
 func (h *handout) close() {
-	for _, p := range h.pins {
-		p.close()
+	h.turn.Lock()
+	for unit := range h.pins {
+		h.dropLocked(unit)
 	}
-	h.pins = nil
+	if h.stay != nil {
+		h.timer.Stop()
+		h.stay()
+		h.stay = nil
+	}
+	h.turn.Unlock()
 	h.bus.close()
 	h.saving.Wait()
 	h.save()

@@ -259,3 +259,48 @@ func TestDropPrevious(t *testing.T) {
 		t.Errorf("Rollback = %v", err)
 	}
 }
+
+// An agent that is killed after it handed out a value, and before it could
+// record that, has noted which generation the start is of.
+func TestKilledAfterHandout(t *testing.T) {
+	g := newGuest(t)
+	g.systemd(loader("web.service", "a"))
+	g.putNamed(map[string]string{"a": "1"})
+	d := g.handout("{}").decide(t.Context(), credsocket.Request{Unit: "web.service", Name: "a"})
+	if d.Value == nil {
+		t.Fatalf("decide = %+v", d)
+	}
+	defer d.Value.Close()
+	next := g.handout("{}")
+	g.putNamed(map[string]string{"a": "2"})
+	if got := next.ask(t, "web.service", "a"); !strings.HasPrefix(got, "refused: a changed in the middle") {
+		t.Errorf("a = %q in the start that has the value before", got)
+	}
+}
+
+// The values of a start are kept open until it is over, and the agent stays.
+func TestUnpin(t *testing.T) {
+	g := newGuest(t)
+	f := g.systemd(loader("web.service", "a"))
+	busy := &activity{}
+	h := g.handout("{}")
+	h.hold = busy.hold
+	g.putNamed(map[string]string{"a": "1"})
+	h.ask(t, "web.service", "a")
+	g.putNamed(map[string]string{"a": "2"})
+	for range 3 {
+		h.unpin()
+	}
+	if got := h.ask(t, "web.service", "a"); got != "1" || busy.n != 1 {
+		t.Errorf("a = %q, %d reasons to stay, want the pinned value and one", got, busy.n)
+	}
+	f.over = true
+	h.unpin()
+	if len(h.pins) != 1 {
+		t.Error("a service that was just started may still ask")
+	}
+	h.unpin()
+	if len(h.pins) != 0 || busy.n != 0 {
+		t.Errorf("%d pins, %d reasons to stay after the start", len(h.pins), busy.n)
+	}
+}

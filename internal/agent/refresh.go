@@ -162,7 +162,7 @@ func (r refresh) consumers(a *Agent, p *refreshPlan, actions map[string]consumer
 		// What does not run has nothing, and what has the values in force, or is
 		// about to load them, needs no more.
 		wants := u.Loads
-		if running(u) && !r.all {
+		if running(u) && !r.all && strings.HasSuffix(u.Name, ".service") {
 			wants = slices.DeleteFunc(slices.Clone(u.Loads), func(l consumer.Load) bool { return !seen.staleLoad(u, l) })
 		}
 		mode := r.modeFor(wants)

@@ -28,6 +28,7 @@ type fakePID1 struct {
 	jobs  []string // what was asked for, in that order
 	lost  int      // how many connections are lost at their first job or watch
 	gone  error    // nobody answers
+	over  bool     // no start is in progress
 	// watch decides over a watch; nil lets the time pass.
 	watch func(ctx context.Context, base map[string]consumer.Status) []consumer.Failure
 	conns int
@@ -123,6 +124,9 @@ func (f *fakePID1) Starting(_ context.Context, unit string) (consumer.Start, err
 		return consumer.Start{}, nil
 	}
 	s := consumer.Start{InvocationID: u.InvocationID, Job: 7, JobType: "start", ActiveState: u.ActiveState}
+	if f.over {
+		s.Job, s.JobType, s.ActiveState = 0, "", "active"
+	}
 	for _, l := range u.Loads {
 		if l.Way == consumer.WaySocket {
 			s.SocketNames = append(s.SocketNames, l.Name)
@@ -754,6 +758,7 @@ func TestLoadedAndStale(t *testing.T) {
 		loads: loads{
 			"now.service":    {InvocationID: "1", Names: map[string]load{"a": {Generation: 5}}},
 			"before.service": {InvocationID: "1", Names: map[string]load{"a": {Generation: 3}}},
+			"before.mount":   {InvocationID: "1", Names: map[string]load{"a": {Generation: 3}}},
 			"older.service":  {InvocationID: "1", Names: map[string]load{"a": {Generation: 1}}},
 			"other.service":  {InvocationID: "0", Names: map[string]load{"a": {Generation: 5}}},
 		},
@@ -780,6 +785,11 @@ func TestLoadedAndStale(t *testing.T) {
 		{"older.service", "active", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", true},
 		{"other.service", "active", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", true},
 		{"other.service", "activating", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "none", "", false},
+		// What other units were given is not known, but where the agent gave it.
+		{"x.socket", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "none", "", false},
+		{"x.mount", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "unknown", "", false},
+		{"x.mount", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", false},
+		{"before.mount", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "previous", "r1", true},
 		{"x.service", "active", 400, consumer.Load{Name: "gone", As: "gone", Way: consumer.WayFile}, "unknown", "", true},
 		{"x.service", "active", 600, consumer.Load{Name: "gone", As: "gone", Way: consumer.WayFile}, "unknown", "", false},
 		{"x.service", "active", 400, consumer.Load{Name: "never", As: "never", Way: consumer.WayFile}, "unknown", "", false},

@@ -95,7 +95,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 		}
 		defer hand.close()
 		c.hand = hand
-		hand.server.Store, hand.server.Busy = s.Store, busy.setWaiting
+		hand.server.Store, hand.server.Busy, hand.hold = s.Store, busy.setWaiting, busy.hold
 		loadCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 		stopLoading = stop
 		loading.Go(func() {

@@ -7,14 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 )
-
-// pid1Timeout bounds the wait for PID 1, which answers between two steps of
-// booting.
-const pid1Timeout = 10 * time.Second
 
 // askConfidential asks PID 1 which kind of confidential virtualization this
 // is: "" for none. What PID 1 decides the same question by needs devices and

@@ -26,6 +26,10 @@ type systemd interface {
 
 var _ systemd = (*consumer.Conn)(nil)
 
+// pid1Timeout bounds the wait for PID 1, which answers between two steps of
+// booting.
+const pid1Timeout = 10 * time.Second
+
 // pid1 connects to PID 1. It must be closed: PID 1 sends every signal to
 // whoever is connected.
 func (a *Agent) pid1(ctx context.Context) (systemd, error) {

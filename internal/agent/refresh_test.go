@@ -275,15 +275,15 @@ func TestRefreshPlan(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var got string
+			var got strings.Builder
 			for _, j := range p.jobs {
-				got += string(j.Action)
+				got.WriteString(string(j.Action))
 			}
 			for _, u := range p.skipped {
-				got += u.Detail
+				got.WriteString(u.Detail)
 			}
-			if got != want {
-				t.Errorf("%s, mode %s: %q, want %q", tt.name, mode, got, want)
+			if got.String() != want {
+				t.Errorf("%s, mode %s: %q, want %q", tt.name, mode, got.String(), want)
 			}
 		}
 	}

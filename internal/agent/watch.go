@@ -1,12 +1,8 @@
 package agent
 
 import (
-	"context"
 	"log/slog"
-	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/guestagent/guestagent/credstore"
 )
@@ -84,32 +80,5 @@ func (c credentials) dropPrevious() {
 	}
 	if err != nil {
 		c.log.Warn("dropping previous values failed", slog.String("error", err.Error()))
-	}
-}
-
-// inotify says when a file in the folder got its name or lost it, until ctx ends.
-func inotify(ctx context.Context, dir string, changed chan<- struct{}) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		return os.NewSyscallError("inotify_init1", err)
-	}
-	f := os.NewFile(uintptr(fd), "inotify")
-	defer context.AfterFunc(ctx, func() { _ = f.Close() })()
-	defer f.Close()
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_ONLYDIR); err != nil {
-		return os.NewSyscallError("inotify_add_watch", err)
-	}
-	b := make([]byte, 4096) // whatever it says, all is looked at anew
-	for {
-		if _, err := f.Read(b); err != nil {
-			return err
-		}
-		select {
-		case changed <- struct{}{}:
-		default:
-		}
 	}
 }

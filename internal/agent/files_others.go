@@ -3,13 +3,11 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"os"
-	"time"
 )
 
-const pid1Timeout = 10 * time.Second
-
-func (credentials) watchStore() {}
+func inotify(context.Context, string, chan<- struct{}) error { return errors.ErrUnsupported }
 
 func dup(*os.File) (*os.File, error) { return nil, errors.ErrUnsupported }

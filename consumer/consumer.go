@@ -92,6 +92,9 @@ const (
 	// ActionRestart restarts a unit, or starts it where it does not run. Its
 	// failed state and its start limit are reset first.
 	ActionRestart Action = "restart"
+	// ActionStart waits for a start that is in progress: it merges with that job.
+	// A unit that does not run is started.
+	ActionStart Action = "start"
 )
 
 // A Job is something to be done to a unit.

@@ -97,6 +97,8 @@ func (c *Conn) queue(ctx context.Context, j Job) (uint32, error) {
 		call = c.manager.TryRestartUnitContext
 	case ActionRestart:
 		call = c.manager.RestartUnitContext
+	case ActionStart:
+		call = c.manager.StartUnitContext
 	default:
 		return 0, fmt.Errorf("queueing a job for %q: unknown action %q", j.Unit, j.Action)
 	}

@@ -139,6 +139,9 @@ func (t *trial) start(ctx context.Context, a *Agent, bus systemd, cfg Config, un
 	if err := t.save(a); err != nil {
 		return err
 	}
+	if err := p.await(ctx, bus, t.Jobs); err != nil {
+		return err
+	}
 	results, status, err := p.run(ctx, bus, progress)
 	for _, u := range results {
 		units[u.Unit] = u
@@ -171,6 +174,24 @@ func (t *trial) start(ctx context.Context, a *Agent, bus systemd, cfg Config, un
 	}
 	t.Phase, t.UntilUSec = trialWatching, credstore.MonotonicUSec()+t.GateUSec
 	return t.save(a)
+}
+
+// await adds waiting for those of the jobs that an agent before this one queued
+// and that go on.
+func (p *refreshPlan) await(ctx context.Context, bus systemd, jobs []consumer.Job) error {
+	for _, j := range jobs {
+		if slices.ContainsFunc(p.jobs, func(have consumer.Job) bool { return have.Unit == j.Unit }) {
+			continue
+		}
+		s, err := bus.Status(ctx, j.Unit)
+		if err != nil {
+			return err
+		}
+		if s.ActiveState == "activating" && !strings.HasPrefix(s.SubState, "auto-restart") {
+			p.jobs = append(p.jobs, consumer.Job{Unit: j.Unit, Action: consumer.ActionStart})
+		}
+	}
+	return nil
 }
 
 // watch waits until the gate has passed, or a unit did not stand it.

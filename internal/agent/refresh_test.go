@@ -146,7 +146,9 @@ func (f *fakePID1) Run(_ context.Context, jobs []consumer.Job, done func(consume
 	}
 	for _, j := range jobs {
 		u := f.units[j.Unit]
-		if u.ActiveState != "inactive" && u.ActiveState != "failed" || j.Action == consumer.ActionRestart {
+		if j.Action == consumer.ActionStart && u.ActiveState == "activating" {
+			u.status, u.ActiveState = upStatus, "active" // the start that goes on
+		} else if u.ActiveState != "inactive" && u.ActiveState != "failed" || j.Action == consumer.ActionRestart {
 			u.begin(f.store)
 		}
 		r := consumer.JobResult{Unit: j.Unit, Action: j.Action, Result: "done", Status: u.status}
@@ -709,6 +711,27 @@ func TestTrialPhases(t *testing.T) {
 			t.Errorf("phase %s: trial %+v, %v, want none", phase, pending, err)
 		}
 	}
+}
+
+// A start that the agent before this one asked for, and that goes on, is waited
+// for: the unit is not up yet, and has not failed.
+func TestTrialAwaitsStart(t *testing.T) {
+	g := newGuest(t)
+	f := g.systemd(service("web.service", "a"))
+	g.put("1", "")
+	tr := trial{
+		Generation: 2, Phase: trialRefreshing, Mode: vsockrpc.RefreshAuto, GateUSec: 1, Names: []string{"a"}, Changed: []string{"a"},
+		Jobs: []consumer.Job{{Unit: "web.service", Action: consumer.ActionTryRestart}},
+	}
+	g.put("2", string(tr.encode()))
+	u := f.units["web.service"]
+	u.begin(f.store)
+	u.ActiveState, u.status = "activating", consumer.Status{ActiveState: "activating", SubState: "start-pre", Result: "success"}
+	if err := g.serve(time.Millisecond).stop(); err != nil {
+		t.Fatal(err)
+	}
+	wantEqual(t, "jobs", f.asked(), []string{"start web.service"})
+	g.wantStore(map[string]string{"a": "2"})
 }
 
 // put puts a value of a in force, on trial with a note.

@@ -72,6 +72,7 @@ type Start struct {
 	Job          uint32 // 0 if there is none
 	JobType      string // start, restart, reload, ...; "" if there is none
 	ActiveState  string
+	SubState     string
 
 	// SocketNames are the IDs that the unit loads by the credentials socket,
 	// in the order in which systemd lists them, which is the one in which it

@@ -86,6 +86,7 @@ func (c *Conn) Starting(ctx context.Context, unit string) (Start, error) {
 		Job:          u.JobId,
 		JobType:      u.JobType,
 		ActiveState:  u.ActiveState,
+		SubState:     u.SubState,
 		SocketNames:  s.socketNames(c.cfg),
 	}, nil
 }

@@ -188,7 +188,7 @@ func TestStarting(t *testing.T) {
 		{ifaceService, "LoadCredential"}:          []loadCredential{{"b", testConfig.Socket}, {"x", "x"}, {"a", testConfig.Socket}},
 		{ifaceService, "LoadCredentialEncrypted"}: []loadCredential{{"c", testConfig.Socket}},
 	})
-	want := Start{InvocationID: fmt.Sprintf("%032d", 1), Job: 12, JobType: "start", ActiveState: "activating", SocketNames: []string{"b", "a", "c"}}
+	want := Start{InvocationID: fmt.Sprintf("%032d", 1), Job: 12, JobType: "start", ActiveState: "activating", SubState: "start", SocketNames: []string{"b", "a", "c"}}
 	if s, err := c.Starting(t.Context(), "a.service"); err != nil || !reflect.DeepEqual(s, want) {
 		t.Errorf("Starting = %+v, %v, want %+v", s, err, want)
 	}

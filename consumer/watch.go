@@ -136,12 +136,14 @@ func (u *watched) judge(last bool) bool {
 	case strings.HasPrefix(s.SubState, "auto-restart"):
 		// auto-restart and, from systemd 254, auto-restart-queued.
 		problem = "ended, and systemd is about to restart it"
-	case u.job != 0:
+	case u.job != 0 && !last:
 		// Between the two halves of a restart it is down, too.
 	case s.ActiveState == "inactive" && (s.Type != "oneshot" || s.Result != "success"):
 		problem = "ended"
 	case s.ActiveState == "deactivating" && last:
 		problem = "is ending"
+	case s.ActiveState == "activating" && last && s.Type != "oneshot":
+		problem = "is not up"
 	}
 	if problem == "" {
 		return false

@@ -46,11 +46,20 @@ type state struct {
 	retry   bool  // Retry was called
 	fail    bool  // FailWaiting was called
 	waiting map[*conn]Waiting
+	stops   []stop
+	done    chan struct{} // closed when Serve returns; nil before it was called
 
 	// For tests. step is called with a word for it before each system call
 	// that somebody else can notice; clock is time since boot.
 	step  func(string)
 	clock func() time.Duration
+}
+
+// A stop asks the loop to accept nothing any more, if force is set or nothing is
+// held. It gets the number of what is held.
+type stop struct {
+	force bool
+	held  chan<- int
 }
 
 // A conn is a connection that was accepted, in this process or in one before it.
@@ -85,6 +94,7 @@ type loop struct {
 	decided  chan Decision
 	seq      uint64
 	failing  bool // FailWaiting was called
+	stopped  bool // Stop was called
 	stopping bool // ctx has ended
 	reported int  // what Busy knows
 	buf      []byte
@@ -131,8 +141,9 @@ func (s *Server) Serve(ctx context.Context, listener *os.File, restored []*os.Fi
 		_ = unix.Close(l.wakefd)
 		return errors.New("serving credentials: served already")
 	}
-	s.loop, s.waiting = l, make(map[*conn]Waiting)
+	s.loop, s.waiting, s.done = l, make(map[*conn]Waiting), make(chan struct{})
 	s.mu.Unlock()
+	defer close(s.done)
 
 	defer context.AfterFunc(ctx, s.wake)()
 	var worker sync.WaitGroup
@@ -180,6 +191,32 @@ func (s *Server) FailWaiting() {
 	s.fail = true
 	s.mu.Unlock()
 	s.wake()
+}
+
+// Stop has nothing accepted any more, for good, and returns how many connections
+// are held. Before Serve and after it there are none, and it changes nothing.
+func (s *Server) Stop() int { return s.stop(true) }
+
+// StopIfIdle is Stop where no connection is held, and else does nothing. It
+// returns whether none is: what comes from then on stays in the backlog.
+func (s *Server) StopIfIdle() bool { return s.stop(false) == 0 }
+
+func (s *Server) stop(force bool) int {
+	held := make(chan int, 1)
+	s.mu.Lock()
+	done := s.done
+	s.stops = append(s.stops, stop{force, held})
+	s.mu.Unlock()
+	if done == nil {
+		return 0
+	}
+	s.wake()
+	select {
+	case n := <-held:
+		return n
+	case <-done:
+		return 0
+	}
 }
 
 // Waiting returns the requests that are not answered yet, oldest first.
@@ -273,10 +310,14 @@ func (l *loop) run(ctx context.Context, restored []*os.File) error {
 // heed does what other goroutines asked for.
 func (l *loop) heed() {
 	l.mu.Lock()
-	retry, fail := l.retry, l.fail
-	l.retry = false
+	retry, fail, stops := l.retry, l.fail, l.stops
+	l.retry, l.stops = false, nil
 	l.mu.Unlock()
 	l.failing = fail
+	for _, stop := range stops {
+		l.stopped = l.stopped || stop.force || len(l.held) == 0
+		stop.held <- len(l.held)
+	}
 	if !retry && !fail {
 		return
 	}
@@ -430,7 +471,7 @@ func (l *loop) wait(now, until time.Duration) error {
 }
 
 func (l *loop) accepting(now time.Duration) bool {
-	return l.listener >= 0 && !l.stopping && !l.failing && len(l.held) < cmp.Or(max(0, l.MaxWaiting), DefaultMaxWaiting) && now >= l.acceptAgain
+	return l.listener >= 0 && !l.stopping && !l.stopped && !l.failing && len(l.held) < cmp.Or(max(0, l.MaxWaiting), DefaultMaxWaiting) && now >= l.acceptAgain
 }
 
 // accept takes what is in the backlog, as much as may be held.

@@ -445,6 +445,46 @@ func TestRestoreWithoutListener(t *testing.T) {
 	}
 }
 
+// Before it ends a process has to know that nobody comes any more.
+func TestStop(t *testing.T) {
+	asked := make(chan bool, 10)
+	store := newStore(t)
+	l, addr := listen(t)
+	wait := func(context.Context, Request) Decision {
+		asked <- true
+		return Decision{}
+	}
+	s := start(t, &Server{Store: store, Decide: wait}, l, nil)
+	a := connect(t, addr, Request{"a.service", "k"}).read()
+	<-asked
+	if s.StopIfIdle() {
+		t.Error("StopIfIdle stops though a unit waits")
+	}
+	b := connect(t, addr, Request{"b.service", "k"}).read()
+	<-asked // it is accepted still
+	if n := s.Stop(); n != 2 {
+		t.Errorf("Stop = %d, want 2", n)
+	}
+	late := connect(t, addr, Request{"late.service", "k"}).read()
+	if n := s.Stop(); n != 2 {
+		t.Errorf("Stop = %d after one more came, want 2", n)
+	}
+	s.stop()
+	if n := s.Stop(); n != 0 {
+		t.Errorf("Stop after the end = %d", n)
+	}
+	s.kill()
+	s = start(t, &Server{Store: store, Decide: func(_ context.Context, r Request) Decision { return given(t, []byte(r.Unit)) }}, l, store.restored(t))
+	for _, u := range []*unit{a, b, late} {
+		u.wants(t, []byte(u.Unit))
+	}
+	s.holds(0)
+	if !s.StopIfIdle() {
+		t.Error("StopIfIdle does not stop though nobody waits")
+	}
+	s.stop()
+}
+
 // A refusal that came about because the context ended is none.
 func TestStopDuringDecide(t *testing.T) {
 	asked := make(chan bool, 1)

@@ -22,6 +22,12 @@ func (s *Server) Retry() {}
 // FailWaiting does nothing.
 func (s *Server) FailWaiting() {}
 
+// Stop does nothing.
+func (s *Server) Stop() int { return 0 }
+
+// StopIfIdle does nothing.
+func (s *Server) StopIfIdle() bool { return true }
+
 // Waiting returns nothing.
 func (s *Server) Waiting() []Waiting { return nil }
 

@@ -151,6 +151,18 @@ func (t *Tx) settle(next state) error {
 // [Tx.EndTrial], which may be the work of another process than began it.
 func (t *Tx) Trial() []byte { return t.st.Trial }
 
+// Changed returns the names that the last set changed, as far as its previous
+// values are kept, and those of them that it removed.
+func (t *Tx) Changed() (changed, removed []string) {
+	for _, name := range slices.Sorted(maps.Keys(t.st.Previous.Entries)) {
+		changed = append(changed, name)
+		if _, ok := t.st.Entries[name]; !ok {
+			removed = append(removed, name)
+		}
+	}
+	return changed, removed
+}
+
 // SetTrial replaces the note.
 func (t *Tx) SetTrial(note []byte) error {
 	if err := t.writable(); err != nil {

@@ -18,6 +18,8 @@ type work struct {
 	ctx  context.Context // ends with the agent; set before the first call
 	wg   sync.WaitGroup
 	busy *activity
+	// trial is held by who runs one, from before it is committed.
+	trial sync.Mutex
 }
 
 // run does something in a goroutine of its own.
@@ -116,8 +118,24 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 		}
 		bus.Close()
 	}
-	t := &trial{Phase: trialRefreshing, Mode: ch.mode, GateUSec: uint64(max(0, ch.gate.Microseconds())), Names: ch.names, Changed: ch.names}
-	res, err := c.commit(ch, ch.gate > 0 && r.wanted(), t)
+	if ch.gate > 0 {
+		if r.mode == "" && !r.wanted() {
+			r.mode = vsockrpc.RefreshAuto // a gate wants something to watch
+		}
+		if !c.work.trial.TryLock() {
+			return c.gateInProgress()
+		}
+	}
+	t := &trial{Phase: trialRefreshing, Mode: r.mode, GateUSec: uint64(max(0, ch.gate.Microseconds())), Names: ch.names, Changed: ch.names}
+	res, err := c.commit(ch, ch.gate > 0, t)
+	if ch.gate > 0 && t.Generation == 0 {
+		c.work.trial.Unlock() // there is none
+	}
+	if errors.Is(err, credstore.ErrOnTrial) {
+		// An agent before this one may have left it.
+		c.resume()
+		return c.gateInProgress()
+	}
 	if err != nil {
 		return err
 	}
@@ -125,12 +143,9 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 		c.hand.server.Retry() // somebody may wait for it
 	}
 	r.changed, r.removed = slices.Concat(res.Installed, res.Removed), res.Removed
-	for _, name := range r.changed { // what a rollback or prune found
-		if !slices.Contains(r.names, name) {
-			r.names = append(r.names, name)
-		}
-	}
-	if !r.wanted() {
+	r.names = union(r.names, r.changed) // a rollback or prune found some
+	onTrial := t.Generation != 0
+	if !onTrial && !r.wanted() {
 		return call.Reply(ch.reply(res, nil, nil))
 	}
 	// What follows may take an hour.
@@ -138,7 +153,6 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 		ch.done()
 	}
 	call.Forget()
-	onTrial := t.Generation != 0
 	return c.follow(ctx, call, func(units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
 		if p != nil {
 			return ch.reply(credstore.Result{Generation: res.Generation}, nil, p)
@@ -146,6 +160,7 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 		return ch.reply(res, units, nil)
 	}, func(ctx context.Context, progress func(vsockrpc.Progress)) ([]vsockrpc.Refreshed, error) {
 		if onTrial {
+			defer c.work.trial.Unlock()
 			t.Names, t.Changed, t.Removed = r.names, r.changed, r.removed
 			return t.run(ctx, c.a, c.cfg, c.log, progress)
 		}
@@ -166,7 +181,7 @@ func (c credentials) commit(ch change, onTrial bool, t *trial) (credstore.Result
 	}
 	before := tx.Generation()
 	if tx.Trial() != nil {
-		return credstore.Result{}, &vsockrpc.GateInProgressError{Generation: generation(before)}
+		return credstore.Result{}, credstore.ErrOnTrial
 	}
 	var note []byte
 	if onTrial {
@@ -184,6 +199,39 @@ func (c credentials) commit(ch change, onTrial bool, t *trial) (credstore.Result
 	return res, nil
 }
 
+// gateInProgress is the error of a call that comes while a set is on trial.
+func (c credentials) gateInProgress() error {
+	tx, err := c.a.store().View()
+	if err != nil {
+		return err
+	}
+	defer tx.Close()
+	return &vsockrpc.GateInProgressError{Generation: generation(tx.Generation())}
+}
+
+// resume goes on with a trial that an agent before this one left, if there is
+// one and nobody runs it.
+func (c credentials) resume() {
+	if !c.work.trial.TryLock() {
+		return
+	}
+	t, err := c.a.pendingTrial()
+	if err != nil {
+		c.log.Error("looking for a gate to go on with failed", slog.String("error", err.Error()))
+	}
+	if t == nil {
+		c.work.trial.Unlock()
+		return
+	}
+	c.log.Info("going on with a gate", slog.Uint64("generation", t.Generation), slog.String("phase", string(t.Phase)))
+	c.work.run(func(ctx context.Context) {
+		defer c.work.trial.Unlock()
+		if _, err := t.run(ctx, c.a, c.cfg, c.log, func(vsockrpc.Progress) {}); err != nil && ctx.Err() == nil && !isRolledBack(err) {
+			c.log.Error("a gate ended with an error", slog.Uint64("generation", t.Generation), slog.String("error", err.Error()))
+		}
+	})
+}
+
 // follow has something done whether the caller stays or not, and answers: with
 // more, about its progress, and at the end with what came of it.
 func (c credentials) follow(
@@ -195,13 +243,14 @@ func (c credentials) follow(
 		units []vsockrpc.Refreshed
 		err   error
 	}
-	events, gone, done := make(chan vsockrpc.Progress), make(chan struct{}), make(chan outcome, 1)
-	defer close(gone)
+	// Whoever does it does not wait for a caller that reads slowly: the result
+	// has everything.
+	events, done := make(chan vsockrpc.Progress, 1024), make(chan outcome, 1)
 	c.work.run(func(ctx context.Context) {
 		units, err := do(ctx, func(p vsockrpc.Progress) {
 			select {
 			case events <- p:
-			case <-gone:
+			default:
 			}
 		})
 		if err != nil && ctx.Err() == nil && !isRolledBack(err) {
@@ -236,6 +285,11 @@ func (c credentials) follow(
 		case <-heart.C:
 			err = tell(last)
 		case o := <-done:
+			for len(events) > 0 {
+				if err := tell(<-events); err != nil {
+					return err
+				}
+			}
 			if o.err != nil {
 				return o.err
 			}
@@ -269,6 +323,7 @@ func (c credentials) refresh(ctx context.Context, call *vsockrpc.Call) error {
 	}
 	tx.Close()
 	if onTrial {
+		c.resume()
 		return &vsockrpc.GateInProgressError{Generation: g}
 	}
 	bus, err := c.a.pid1(ctx)

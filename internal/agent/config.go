@@ -197,27 +197,23 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 			})
 		},
 		"peer": func(key string) {
-			before := len(p.faults)
 			p.object(key, map[string]func(string){
 				"privilegedPort": func(key string) {
 					p.choice(key, (*string)(&cfg.Peer.PrivilegedPort), string(vsockrpc.PortRequired), string(vsockrpc.PortIgnored))
 				},
 			})
-			cfg.Peer.Deny = len(p.faults) > before
 		},
 		"policy": func(key string) {
-			before := len(p.faults)
 			p.object(key, map[string]func(string){
 				"load": func(key string) {
 					cfg.Policy.Load = map[string][]string{}
 					p.entries(key, checkPattern, func(key, pattern string) {
 						units := []string{} // an empty list lets nobody
-						p.strings(key, &units)
+						p.units(key, &units)
 						cfg.Policy.Load[pattern] = units
 					})
 				},
 			})
-			cfg.Policy.Deny = len(p.faults) > before
 		},
 		"previous": func(key string) {
 			p.object(key, map[string]func(string){
@@ -226,7 +222,7 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 		},
 		"refresh": func(key string) {
 			p.object(key, map[string]func(string){
-				"never": func(key string) { p.strings(key, &cfg.Refresh.Never) },
+				"never": func(key string) { p.units(key, &cfg.Refresh.Never) },
 			})
 		},
 		"smbios": func(key string) {
@@ -242,6 +238,12 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 			})
 		},
 	})
+	for _, f := range p.faults {
+		// A section that stands twice, or in another case, may have been meant.
+		section, _, _ := strings.Cut(f.Key, ".")
+		cfg.Peer.Deny = cfg.Peer.Deny || strings.EqualFold(section, "peer")
+		cfg.Policy.Deny = cfg.Policy.Deny || strings.EqualFold(section, "policy")
+	}
 	return cfg, p.faults
 }
 
@@ -380,6 +382,22 @@ func (p *configParser) strings(key string, to *[]string) {
 	}
 	p.next() // the closing bracket
 	if good {
+		*to = list
+	}
+}
+
+// units reads an array of patterns for names of units. One that is none costs
+// the whole array.
+func (p *configParser) units(key string, to *[]string) {
+	var list []string
+	before := len(p.faults)
+	p.strings(key, &list)
+	for _, pattern := range list {
+		if err := checkUnitPattern(pattern); err != nil {
+			p.fault(key, "%v", err)
+		}
+	}
+	if len(p.faults) == before {
 		*to = list
 	}
 }

@@ -69,7 +69,8 @@ func TestParseConfigPeerAndNames(t *testing.T) {
 		{`{"peer": {"privilegedPort": "no"}}`, vsockrpc.PortRequired, true, nil, 1},
 		{`{"peer": {"privilegedport": "ignored"}}`, vsockrpc.PortRequired, true, nil, 1},
 		{`{"peer": []}`, vsockrpc.PortRequired, true, nil, 1},
-		{`{"peer": {}, "peer": {"privilegedPort": "ignored"}}`, vsockrpc.PortRequired, false, nil, 1},
+		{`{"peer": {}, "peer": {"privilegedPort": "ignored"}}`, vsockrpc.PortRequired, true, nil, 1},
+		{`{"Peer": {}}`, vsockrpc.PortRequired, true, nil, 1},
 		{`{"names": {"allow": ["a", 1, {"b": []}]}}`, vsockrpc.PortRequired, false, nil, 2},
 		{`{"names": {"allow": "a"}, "smbios": 1}`, vsockrpc.PortRequired, false, nil, 2},
 	}
@@ -101,6 +102,14 @@ func TestParseConfigRefresh(t *testing.T) {
 			t.Errorf("mayLoad(%q, db-password) = %v, want %v", unit, got, want)
 		}
 	}
+	for pattern, want := range map[string]bool{`web[!x].service`: true, `web[^x].service`: true, `web[y-z].service`: true, `web[x].service`: false, `*`: true} {
+		if got := matchesUnit("weby.service", []string{pattern}); got != want {
+			t.Errorf("matchesUnit(weby.service, %q) = %v, want %v", pattern, got, want)
+		}
+	}
+	if !matchesUnit(`a\x2db.service`, []string{`a\x2d?.service`}) {
+		t.Error("matchesUnit does not take a backslash for what it is")
+	}
 	if cfg.mayLoad("web.service", "other") == nil {
 		t.Error("a pattern without units lets somebody load")
 	}
@@ -123,6 +132,10 @@ func TestParseConfigPolicyFault(t *testing.T) {
 		{`{"policy": {"load": {"a/b": []}}}`, true, 1},
 		{`{"policy": {"Load": {}}}`, true, 1},
 		{`{"policy": []}`, true, 1},
+		{`{"policy": {"load": {}}, "policy": {"load": {"*": []}}}`, true, 1},
+		{`{"Policy": {}}`, true, 1},
+		{`{"policy": {"load": {"a": ["web[.service"]}}}`, true, 1},
+		{`{"refresh": {"never": ["web[.service"]}}`, false, 1},
 		{`{"policy": {"load": {"a": []}`, true, 1},
 		{`{"socket": {"wait": "60"}, "previous": {"ttl": -1}, "consumers": {"compare": 1}, "credentials": {"a:b": {}, "c": {"onChange": "perhaps"}}}`, false, 5},
 		{`{"socket": {"wait": 1.5}}`, false, 1},

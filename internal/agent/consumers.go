@@ -37,9 +37,10 @@ type view struct {
 
 // newView reads the store. Removed are names that the last set took away. The
 // view may not be used once tx is closed where consumers are compared.
-func (a *Agent) newView(tx *credstore.Tx, cfg Config, removed []string) (*view, error) {
+func (a *Agent) newView(tx *credstore.Tx, cfg Config, removed []string) *view {
 	v := &view{
 		entries: map[string]credstore.Entry{}, previous: map[string]credstore.Entry{}, removedAt: map[string]uint64{},
+		loads: readLoads(tx),
 	}
 	for _, e := range tx.Entries() {
 		v.entries[e.Name] = e
@@ -50,14 +51,10 @@ func (a *Agent) newView(tx *credstore.Tx, cfg Config, removed []string) (*view, 
 	for _, name := range removed {
 		v.removedAt[name] = tx.ChangedUSec()
 	}
-	var err error
-	if v.loads, err = readLoads(tx); err != nil {
-		return nil, err
-	}
 	if cfg.Consumers.Compare {
 		v.compare = func(unit, as, name string) (string, bool) { return a.compareLoaded(tx, unit, as, name) }
 	}
-	return v, nil
+	return v
 }
 
 // loaded says what a unit has of a name that it loads: the state of it, as in
@@ -82,6 +79,8 @@ func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string
 		// Who was handed what is known.
 		load, ok := v.loads[u.Name].of(u.InvocationID, l.As)
 		switch {
+		case ok && load.Reload && u.LoadedUSec < load.USec:
+			loaded = vsockrpc.LoadedUnknown // the reload goes on, or failed and changed nothing
 		case ok:
 			loaded = which(load.Generation, inForce.Generation, previous.Generation)
 		case u.ActiveState == "activating":
@@ -112,6 +111,12 @@ func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string
 		}
 	}
 	return loaded, v.revision(loaded, l.Name)
+}
+
+// missing reports whether whoever loads the name over the socket waits for it.
+func (v *view) missing(name string) bool {
+	e, there := v.entries[name]
+	return !there || e.State == credstore.StateMissing || e.State == credstore.StateForeign
 }
 
 func (v *view) revision(loaded, name string) string {
@@ -186,10 +191,7 @@ func (a *Agent) consumers(ctx context.Context, cfg Config, entries []vsockrpc.En
 		return err
 	}
 	defer tx.Close()
-	v, err := a.newView(tx, cfg, nil)
-	if err != nil {
-		return err
-	}
+	v := a.newView(tx, cfg, nil)
 	r := refresh{cfg: cfg, mode: vsockrpc.RefreshAuto}
 	for i := range entries {
 		e := &entries[i]

@@ -61,7 +61,11 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 		return withSource(err, source(call.Peer))
 	}
 	defer p.Wipe()
-	defer c.giveBack(p.Set)
+	size := 0
+	for _, cred := range p.Set {
+		size += cred.Value.Len()
+	}
+	defer c.giveBack(size)
 	set := credstore.Set{Source: source(call.Peer), Remove: p.Remove, Forget: p.Forget}
 	for _, cred := range p.Set {
 		set.Install = append(set.Install, credstore.Credential{
@@ -89,6 +93,9 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 			return err
 		}
 		res, err := apply(tx, tx.DryRun, nil)
+		if errors.Is(err, credstore.ErrOnTrial) {
+			return &vsockrpc.GateInProgressError{Generation: generation(tx.Generation())}
+		}
 		if err != nil {
 			return wireError(err)
 		}
@@ -118,11 +125,7 @@ const (
 
 // giveBack returns the memory that a large set needed, once its message is
 // forgotten. An agent that is not called again would keep it until it ends.
-func (c credentials) giveBack(set []vsockrpc.Credential) {
-	size := 0
-	for _, cred := range set {
-		size += cred.Value.Len()
-	}
+func (c credentials) giveBack(size int) {
 	if size >= largeSet && c.giving.CompareAndSwap(false, true) {
 		time.AfterFunc(giveBackAfter, func() {
 			c.giving.Store(false)

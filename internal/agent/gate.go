@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -37,10 +38,8 @@ type trial struct {
 	Jobs []consumer.Job `json:"jobs"`
 	// Base is how the units were doing when their jobs had ended.
 	Base map[string]consumer.Status `json:"base,omitempty"`
-	// Problem says, while the set is taken back, why; Restored which generation
-	// has the values before it.
-	Problem  string `json:"problem,omitempty"`
-	Restored uint64 `json:"restored,omitempty"`
+	// Problem says, while the set is taken back, why.
+	Problem string `json:"problem,omitempty"`
 }
 
 // A trialPhase is how far a trial has come.
@@ -79,13 +78,14 @@ func (t *trial) refresh(cfg Config) refresh {
 // that were refreshed, or a [vsockrpc.RolledBackError] where one did not stand
 // the gate. Any other error leaves the trial as it is, for the next start.
 func (t *trial) run(ctx context.Context, a *Agent, cfg Config, log *slog.Logger, progress func(vsockrpc.Progress)) ([]vsockrpc.Refreshed, error) {
-	units := map[string]vsockrpc.Refreshed{}
-	if t.Phase == "" {
+	if !slices.Contains([]trialPhase{trialRefreshing, trialWatching, trialRestoring}, t.Phase) {
 		return nil, t.abandon(a, errors.New("what an agent before this one noted makes no sense"))
 	}
+	run := refreshRun{jobs: t.Jobs}
+	back := refreshRun{}
 	err := a.withPID1(ctx, func(bus systemd) error {
 		if t.Phase == trialRefreshing {
-			if err := t.start(ctx, a, bus, cfg, units, progress); err != nil {
+			if err := t.start(ctx, a, bus, cfg, &run, progress); err != nil {
 				return err
 			}
 		}
@@ -95,7 +95,7 @@ func (t *trial) run(ctx context.Context, a *Agent, cfg Config, log *slog.Logger,
 			}
 		}
 		if t.Phase == trialRestoring {
-			return t.restore(ctx, a, bus, cfg, units, progress)
+			return t.restore(ctx, a, bus, cfg, &back, progress)
 		}
 		return nil
 	})
@@ -105,11 +105,11 @@ func (t *trial) run(ctx context.Context, a *Agent, cfg Config, log *slog.Logger,
 		log.Error("a gate cannot go on", slog.Uint64("generation", t.Generation), slog.String("error", err.Error()))
 		err = t.abandon(a, err)
 	}
-	list := make([]vsockrpc.Refreshed, 0, len(units))
-	for _, u := range units {
-		list = append(list, u)
+	if run.units == nil {
+		run.units = map[string]vsockrpc.Refreshed{}
 	}
-	slices.SortFunc(list, func(x, y vsockrpc.Refreshed) int { return strings.Compare(x.Unit, y.Unit) })
+	maps.Copy(run.units, back.units)
+	list := run.list()
 	if rolled, ok := errors.AsType[*vsockrpc.RolledBackError](err); ok {
 		rolled.Units = list
 		log.Warn("a set was rolled back by its gate", slog.Uint64("generation", t.Generation), slog.String("problem", rolled.Problem), slog.Bool("restored", rolled.Restored))
@@ -124,74 +124,47 @@ func isRolledBack(err error) bool {
 	return ok
 }
 
+// trialJobs bounds the wait for the jobs of a trial, whatever the units' own
+// time-outs: while it goes on, nobody changes a credential.
+const trialJobs = 5 * time.Minute
+
 // start refreshes the consumers. After a crash, those that are stale still; the
 // jobs of the others went on in PID 1.
-func (t *trial) start(ctx context.Context, a *Agent, bus systemd, cfg Config, units map[string]vsockrpc.Refreshed, progress func(vsockrpc.Progress)) error {
-	p, err := t.refresh(cfg).plan(ctx, a, bus)
-	if err != nil {
-		return err
-	}
-	for _, j := range p.jobs {
-		if !slices.ContainsFunc(t.Jobs, func(have consumer.Job) bool { return have.Unit == j.Unit }) {
-			t.Jobs = append(t.Jobs, j)
-		}
-	}
-	if err := t.save(a); err != nil {
-		return err
-	}
-	if err := p.await(ctx, bus, t.Jobs); err != nil {
-		return err
-	}
-	results, status, err := p.run(ctx, bus, progress)
-	for _, u := range results {
-		units[u.Unit] = u
+func (t *trial) start(ctx context.Context, a *Agent, bus systemd, cfg Config, run *refreshRun, progress func(vsockrpc.Progress)) error {
+	limited, cancel := context.WithTimeout(ctx, trialJobs)
+	defer cancel()
+	err := t.startJobs(limited, a, bus, cfg, run, progress)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		return t.fail(a, fmt.Sprintf("not every unit came up within %s", trialJobs))
 	}
 	if err != nil {
 		return err
 	}
-	for _, j := range t.Jobs {
-		if _, ok := status[j.Unit]; ok {
-			continue
-		}
-		s, err := bus.Status(ctx, j.Unit)
-		if err != nil {
-			return err
-		}
-		status[j.Unit] = s
-		u := refreshed(consumer.JobResult{Unit: j.Unit, Action: j.Action, Result: vsockrpc.ResultDone, Status: s})
-		units[j.Unit] = u
-		results = append(results, u)
-	}
-	if names := bad(results); len(names) > 0 {
+	if names := bad(run.list()); len(names) > 0 {
 		return t.fail(a, problemOf(names, func(unit string) string {
-			u := units[unit]
+			u := run.units[unit]
 			return fmt.Sprintf("%s: %s %s, %s", unit, u.Action, u.Result, u.State)
 		}))
 	}
 	t.Base = map[string]consumer.Status{}
 	for _, j := range t.Jobs {
-		t.Base[j.Unit] = status[j.Unit]
+		t.Base[j.Unit] = run.status[j.Unit]
 	}
 	t.Phase, t.UntilUSec = trialWatching, credstore.MonotonicUSec()+t.GateUSec
 	return t.save(a)
 }
 
-// await adds waiting for those of the jobs that an agent before this one queued
-// and that go on.
-func (p *refreshPlan) await(ctx context.Context, bus systemd, jobs []consumer.Job) error {
-	for _, j := range jobs {
-		if slices.ContainsFunc(p.jobs, func(have consumer.Job) bool { return have.Unit == j.Unit }) {
-			continue
-		}
-		s, err := bus.Status(ctx, j.Unit)
-		if err != nil {
-			return err
-		}
-		if s.ActiveState == "activating" && !strings.HasPrefix(s.SubState, "auto-restart") {
-			p.jobs = append(p.jobs, consumer.Job{Unit: j.Unit, Action: consumer.ActionStart})
-		}
+func (t *trial) startJobs(ctx context.Context, a *Agent, bus systemd, cfg Config, run *refreshRun, progress func(vsockrpc.Progress)) error {
+	p, err := t.refresh(cfg).plan(ctx, a, bus)
+	if err != nil {
+		return err
 	}
-	return nil
+	run.add(p)
+	t.Jobs = run.jobs
+	if err := t.save(a); err != nil {
+		return err
+	}
+	return run.run(ctx, bus, p, progress)
 }
 
 // watch waits until the gate has passed, or a unit did not stand it.
@@ -248,7 +221,7 @@ func (t *trial) fail(a *Agent, problem string) error {
 	}
 	defer tx.Close()
 	next := *t
-	next.Phase, next.Problem, next.Restored, next.Base = trialRestoring, problem, tx.Generation()+1, nil
+	next.Phase, next.Problem, next.Base = trialRestoring, problem, nil
 	if _, err := tx.FailTrial(problem, next.encode()); err != nil {
 		return err
 	}
@@ -258,41 +231,52 @@ func (t *trial) fail(a *Agent, problem string) error {
 
 // restore brings every unit back to the values before the set: those that run
 // with the set's, and those that the set brought down.
-func (t *trial) restore(ctx context.Context, a *Agent, bus systemd, cfg Config, units map[string]vsockrpc.Refreshed, progress func(vsockrpc.Progress)) error {
+func (t *trial) restore(ctx context.Context, a *Agent, bus systemd, cfg Config, run *refreshRun, progress func(vsockrpc.Progress)) error {
+	limited, cancel := context.WithTimeout(ctx, trialJobs)
+	defer cancel()
 	progress(vsockrpc.Progress{Phase: vsockrpc.PhaseRollingBack})
+	stuck, err := t.restoreJobs(limited, a, bus, cfg, run, progress)
+	if err != nil && (limited.Err() == nil || ctx.Err() != nil) {
+		return err
+	}
+	return t.end(a, err == nil && !stuck && len(bad(run.list())) == 0)
+}
+
+// restoreJobs says, too, whether a unit has to go on with a value that was taken
+// back, since its start would wait for another.
+func (t *trial) restoreJobs(ctx context.Context, a *Agent, bus systemd, cfg Config, run *refreshRun, progress func(vsockrpc.Progress)) (stuck bool, err error) {
 	// What the set removed is back, what it brought is gone.
 	r := t.refresh(cfg)
 	r.removed = t.Changed
 	p, err := r.plan(ctx, a, bus)
 	if err != nil {
-		return err
+		return false, err
 	}
-	p.skipped = nil // told by the refresh before
+	// The others were told by the refresh before, or are about to be restarted.
+	p.skipped = slices.DeleteFunc(p.skipped, func(u vsockrpc.Refreshed) bool { return !slices.Contains(p.wouldWait, u.Unit) })
 	for _, j := range t.Jobs {
 		s, err := bus.Status(ctx, j.Unit)
 		if err != nil {
-			return err
+			return false, err
 		}
-		if up(s) {
+		if up(s) || slices.Contains(p.wouldWait, j.Unit) {
 			continue // if it is stale it is planned for
 		}
 		p.jobs = slices.DeleteFunc(p.jobs, func(have consumer.Job) bool { return have.Unit == j.Unit })
 		p.jobs = append(p.jobs, consumer.Job{Unit: j.Unit, Action: consumer.ActionRestart})
 	}
-	results, _, err := p.run(ctx, bus, func(p vsockrpc.Progress) {
+	run.add(p)
+	return len(p.wouldWait) > 0, run.run(ctx, bus, p, func(p vsockrpc.Progress) {
 		p.Phase = vsockrpc.PhaseRollingBack
 		progress(p)
 	})
-	for _, u := range results {
-		units[u.Unit] = u
-	}
-	if err != nil {
-		return err
-	}
-	return t.end(a, len(bad(results)) == 0)
 }
 
-// end ends a trial that failed. The error says so.
+// errInForce is matched by the error of a gate whose set could not be taken back.
+var errInForce = errors.New("the set is in force still")
+
+// end ends a trial that failed. The error says what came of its set, by what the
+// store says.
 func (t *trial) end(a *Agent, restored bool) error {
 	tx, err := a.store().Begin()
 	if err != nil {
@@ -303,7 +287,10 @@ func (t *trial) end(a *Agent, restored bool) error {
 		return err
 	}
 	t.Phase = ""
-	return &vsockrpc.RolledBackError{Generation: generation(t.Restored), Problem: t.Problem, Restored: restored}
+	if r, ok := tx.Rejected(); !ok || r.Generation != t.Generation {
+		return fmt.Errorf("%s: %w", t.Problem, errInForce)
+	}
+	return &vsockrpc.RolledBackError{Generation: generation(tx.Generation()), Problem: t.Problem, Restored: restored}
 }
 
 // abandon takes a set back whose units cannot be watched or refreshed any more.
@@ -311,7 +298,7 @@ func (t *trial) end(a *Agent, restored bool) error {
 func (t *trial) abandon(a *Agent, why error) error {
 	if t.Phase != trialRestoring {
 		if err := t.fail(a, "its units cannot be watched: "+why.Error()); err != nil {
-			t.Problem, t.Restored = fmt.Sprintf("%v; and it could not be taken back, so that it is in force still: %v", why, err), t.Generation
+			t.Problem = fmt.Sprintf("%v; and taking it back failed: %v", why, err)
 		}
 	}
 	return t.end(a, false)
@@ -319,9 +306,10 @@ func (t *trial) abandon(a *Agent, why error) error {
 
 // pendingTrial returns the trial that an agent before this one began; nil
 // where there is none. A note that does not make sense is a trial that cannot
-// be ended but by taking the set back.
+// be ended but by taking the set back. A set that is half in force is finished
+// first: its trial may be part of it.
 func (a *Agent) pendingTrial() (*trial, error) {
-	tx, err := a.store().View()
+	tx, err := a.store().Begin()
 	if err != nil {
 		return nil, err
 	}
@@ -334,5 +322,18 @@ func (a *Agent) pendingTrial() (*trial, error) {
 	if err := json.Unmarshal(note, t); err != nil {
 		return &trial{Generation: tx.Generation()}, nil //nolint:nilerr // see above
 	}
+	// What was noted before the set was committed did not know what it changes.
+	changed, removed := tx.Changed()
+	t.Names, t.Changed, t.Removed = union(t.Names, changed), union(t.Changed, changed), union(t.Removed, removed)
 	return t, nil
+}
+
+// union returns list with what it lacks of more.
+func union(list, more []string) []string {
+	for _, s := range more {
+		if !slices.Contains(list, s) {
+			list = append(list, s)
+		}
+	}
+	return list
 }

@@ -25,6 +25,8 @@ import (
 const (
 	// maxLoads bounds the units that are remembered for what they were handed.
 	maxLoads = 4096
+	// maxNote bounds the note of them, in bytes.
+	maxNote = 4 << 20
 	// pinCheck is how often it is looked whether a start is over whose values are
 	// kept open.
 	pinCheck = 5 * time.Second
@@ -56,6 +58,10 @@ type unitLoads struct {
 type load struct {
 	Generation uint64 `json:"generation"`
 	Revision   string `json:"revision"`
+	// USec is when, on CLOCK_MONOTONIC in microseconds; Reload whether it was a
+	// reload that asked. The unit has it once that reload has succeeded.
+	USec   uint64 `json:"monotonicUSec"`
+	Reload bool   `json:"reload,omitempty"`
 }
 
 // of returns what the run of that invocation was handed as name.
@@ -69,19 +75,13 @@ func (u unitLoads) of(invocation, name string) (load, bool) {
 
 // readLoads reads what is remembered. What does not make sense is forgotten:
 // then units count as stale that may not be.
-func readLoads(tx *credstore.Tx) (loads, error) {
+func readLoads(tx *credstore.Tx) loads {
 	b, err := tx.Note(credstore.NoteLoads)
-	if errors.Is(err, fs.ErrNotExist) {
-		return loads{}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
 	l := loads{}
-	if err := json.Unmarshal(b, &l); err != nil {
-		return loads{}, nil //nolint:nilerr // as said above
+	if err != nil || json.Unmarshal(b, &l) != nil {
+		return loads{}
 	}
-	return l, nil
+	return l
 }
 
 // mayLoad says why a unit may not load a name from the credentials socket; nil
@@ -154,22 +154,23 @@ func (p *pin) close() {
 	}
 }
 
-func (a *Agent) newHandout(cfg Config, log *slog.Logger) (*handout, error) {
+func (a *Agent) newHandout(cfg Config, log *slog.Logger) *handout {
 	h := &handout{
 		a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{},
 		hold: func() func() { return func() {} },
 	}
 	h.bus.dial = a.pid1
+	h.server = &credsocket.Server{Decide: h.decide, Wait: cfg.Socket.Wait, Log: log}
+	h.loads = loads{}
 	tx, err := a.store().View()
 	if err != nil {
-		return nil, err
+		// Nobody is told anything as long as that is so, and all of them wait.
+		log.Error("units that load credentials wait, since the store cannot be read", slog.String("error", err.Error()))
+		return h
 	}
 	defer tx.Close()
-	if h.loads, err = readLoads(tx); err != nil {
-		return nil, err
-	}
-	h.server = &credsocket.Server{Decide: h.decide, Wait: cfg.Socket.Wait, Log: log}
-	return h, nil
+	h.loads = readLoads(tx)
+	return h
 }
 
 // decide says what becomes of a request: see [credsocket.Server].
@@ -182,11 +183,7 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 	}
 	start, err := h.starting(ctx, r.Unit)
 	if err != nil {
-		if ctx.Err() == nil {
-			h.log.Warn("asking systemd about a unit that loads a credential failed, trying again", slog.String("unit", r.Unit), slog.String("error", err.Error()))
-			time.AfterFunc(busRetry, h.server.Retry)
-		}
-		return credsocket.Decision{}
+		return h.later(ctx, r, fmt.Errorf("asking systemd about the unit: %w", err))
 	}
 	if start.InvocationID == "" {
 		return refuse(errors.New("systemd has not started such a unit"))
@@ -199,8 +196,12 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 	if p == nil || p.invocation != start.InvocationID || reload != 0 && p.reload != reload {
 		h.dropLocked(r.Unit)
 		var missing string
-		if p, missing, err = h.pin(r, start, reload); err != nil {
+		p, missing, err = h.pin(r, start, reload)
+		if errors.Is(err, errMixed) {
 			return refuse(err)
+		}
+		if err != nil {
+			return h.later(ctx, r, err)
 		}
 		if p == nil {
 			h.waits(r, start.InvocationID, missing)
@@ -221,6 +222,19 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 	}
 	return credsocket.Decision{Value: file, Size: v.entry.Size, Given: func() { h.given(r, p, v.entry) }}
 }
+
+// later has a request wait for what does not work now, and decided on anew.
+func (h *handout) later(ctx context.Context, r credsocket.Request, err error) credsocket.Decision {
+	if ctx.Err() == nil {
+		h.log.Warn("a unit that loads a credential has to wait", slog.String("unit", r.Unit), slog.String("credential", r.Name), slog.String("error", err.Error()))
+		time.AfterFunc(busRetry, h.server.Retry)
+	}
+	return credsocket.Decision{}
+}
+
+// errMixed is matched by the refusal of a start that would get values of two
+// generations.
+var errMixed = errors.New("start the unit again")
 
 // pin opens all that the unit loads over the socket, in one look at the store.
 // A nil pin without an error means that something has not arrived yet.
@@ -255,7 +269,7 @@ func (h *handout) pin(r credsocket.Request, start consumer.Start, reload uint32)
 		}
 		p.values[name] = pinned{file, e}
 		if known && e.Generation > before.Generation {
-			return nil, "", fmt.Errorf("%s changed in the middle of this start, which has values of generation %d already; start the unit again", name, before.Generation)
+			return nil, "", fmt.Errorf("%s changed in the middle of this start, which has values of generation %d already; %w", name, before.Generation, errMixed)
 		}
 	}
 	if known {
@@ -266,6 +280,9 @@ func (h *handout) pin(r credsocket.Request, start consumer.Start, reload uint32)
 
 // inProgress reports whether a unit is being started or reloaded.
 func inProgress(s consumer.Start) bool {
+	if strings.HasPrefix(s.SubState, "auto-restart") {
+		return false // nothing runs until it is started anew
+	}
 	return s.Job != 0 || s.ActiveState == "activating" || s.ActiveState == "reloading" || s.ActiveState == "refreshing"
 }
 
@@ -345,9 +362,12 @@ func (h *handout) starting(ctx context.Context, unit string) (consumer.Start, er
 // who is stale. A value that was handed out and not recorded makes its unit
 // count as stale.
 func (h *handout) given(r credsocket.Request, p *pin, e credstore.Entry) {
-	h.a.audit(h.log, r, e)
-	h.note(r.Unit, p, func(u unitLoads) { u.Names[r.Name] = load{Generation: e.Generation, Revision: e.Revision} })
+	h.note(r.Unit, p, func(u unitLoads) {
+		u.Names[r.Name] = load{Generation: e.Generation, Revision: e.Revision, USec: credstore.MonotonicUSec(), Reload: p.reload != 0}
+	})
+	// Neither may hold up other units: the journal may be stuck.
 	h.saving.Go(h.save)
+	h.saving.Go(func() { h.a.audit(h.log, r, e) })
 }
 
 // note remembers that a start loads what is in force in p's generation, and what
@@ -367,10 +387,17 @@ func (h *handout) note(unit string, p *pin, add func(unitLoads)) {
 	add(u)
 	h.loads[unit] = u
 	if len(h.loads) > maxLoads {
-		oldest := slices.MinFunc(slices.Collect(maps.Keys(h.loads)), func(x, y string) int { return h.loads[x].At.Compare(h.loads[y].At) })
-		delete(h.loads, oldest)
+		h.forgetLocked(1)
 	}
 	h.dirty = true
+}
+
+// forgetLocked forgets the n units that loaded something the longest ago.
+func (h *handout) forgetLocked(n int) {
+	oldest := slices.SortedFunc(maps.Keys(h.loads), func(x, y string) int { return h.loads[x].At.Compare(h.loads[y].At) })
+	for _, unit := range oldest[:min(n, len(oldest))] {
+		delete(h.loads, unit)
+	}
 }
 
 // save writes what is remembered, if that has changed since it was written.
@@ -382,6 +409,10 @@ func (h *handout) save() {
 	dirty := h.dirty
 	h.dirty = false
 	b, err := json.Marshal(h.loads)
+	for err == nil && len(b) > maxNote {
+		h.forgetLocked(1 + len(h.loads)/4)
+		b, err = json.Marshal(h.loads)
+	}
 	h.mu.Unlock()
 	if !dirty {
 		return
@@ -394,6 +425,9 @@ func (h *handout) save() {
 		}
 	}
 	if err != nil {
+		h.mu.Lock()
+		h.dirty = true
+		h.mu.Unlock()
 		h.log.Error("recording who was handed what failed; units may count as stale that are not", slog.String("error", err.Error()))
 	}
 }

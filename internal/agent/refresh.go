@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -80,16 +81,93 @@ const patience = 30 * time.Second
 
 // do plans and carries out. Where the connection to PID 1 ends, what is stale
 // by then is planned anew.
-func (r refresh) do(ctx context.Context, a *Agent, progress func(vsockrpc.Progress)) (units []vsockrpc.Refreshed, err error) {
-	err = a.withPID1(ctx, func(bus systemd) error {
+func (r refresh) do(ctx context.Context, a *Agent, progress func(vsockrpc.Progress)) ([]vsockrpc.Refreshed, error) {
+	var run refreshRun
+	err := a.withPID1(ctx, func(bus systemd) error {
 		p, err := r.plan(ctx, a, bus)
 		if err != nil {
 			return err
 		}
-		units, _, err = p.run(ctx, bus, progress)
-		return err
+		run.add(p)
+		return run.run(ctx, bus, p, progress)
 	})
-	return units, err
+	return run.list(), err
+}
+
+// A refreshRun is a refresh that may take several attempts: PID 1 executes
+// itself anew in the middle, or an agent is killed and another goes on. Jobs go
+// on in PID 1 meanwhile.
+type refreshRun struct {
+	// jobs are all that were asked for.
+	jobs   []consumer.Job
+	units  map[string]vsockrpc.Refreshed
+	status map[string]consumer.Status // after its job
+}
+
+// add takes over what is about to be asked for.
+func (run *refreshRun) add(p refreshPlan) {
+	for _, j := range p.jobs {
+		if !hasJob(run.jobs, j.Unit) {
+			run.jobs = append(run.jobs, j)
+		}
+	}
+}
+
+func hasJob(jobs []consumer.Job, unit string) bool {
+	return slices.ContainsFunc(jobs, func(j consumer.Job) bool { return j.Unit == unit })
+}
+
+// run carries a plan out, waits for what earlier attempts asked for and goes on,
+// and says how all of it ended.
+func (run *refreshRun) run(ctx context.Context, bus systemd, p refreshPlan, progress func(vsockrpc.Progress)) error {
+	if run.units == nil {
+		run.units, run.status = map[string]vsockrpc.Refreshed{}, map[string]consumer.Status{}
+	}
+	for _, j := range run.jobs {
+		if hasJob(p.jobs, j.Unit) {
+			continue
+		}
+		s, err := bus.Status(ctx, j.Unit)
+		if err != nil {
+			return err
+		}
+		if starting(s) {
+			p.jobs = append(p.jobs, consumer.Job{Unit: j.Unit, Action: consumer.ActionStart})
+		}
+	}
+	results, status, err := p.run(ctx, bus, progress)
+	maps.Copy(run.status, status)
+	for _, u := range results {
+		if _, ok := run.units[u.Unit]; !ok || u.Result != vsockrpc.ResultSkipped {
+			run.units[u.Unit] = u
+		}
+	}
+	if err != nil {
+		return err
+	}
+	for _, j := range run.jobs {
+		if _, ok := run.status[j.Unit]; ok {
+			continue // it ended while somebody looked
+		}
+		s, err := bus.Status(ctx, j.Unit)
+		if err != nil {
+			return err
+		}
+		run.status[j.Unit] = s
+		run.units[j.Unit] = refreshed(consumer.JobResult{Unit: j.Unit, Action: j.Action, Result: vsockrpc.ResultDone, Status: s})
+	}
+	return nil
+}
+
+// starting reports whether a unit is on its way up, or down in the first half
+// of a restart.
+func starting(s consumer.Status) bool {
+	return s.ActiveState == "deactivating" || s.ActiveState == "activating" && !strings.HasPrefix(s.SubState, "auto-restart")
+}
+
+// list returns what became of each unit, sorted.
+func (run *refreshRun) list() []vsockrpc.Refreshed {
+	return slices.SortedFunc(maps.Values(run.units), func(x, y vsockrpc.Refreshed) int { return strings.Compare(x.Unit, y.Unit) })
 }
 
 // withPID1 connects to PID 1 and does something with it, again where the
@@ -122,6 +200,9 @@ func (a *Agent) withPID1(ctx context.Context, do func(systemd) error) error {
 type refreshPlan struct {
 	jobs    []consumer.Job
 	skipped []vsockrpc.Refreshed
+	// wouldWait are those of the skipped whose start would wait for a credential
+	// that is not there.
+	wouldWait []string
 }
 
 // plan looks at who loads the names. It changes nothing.
@@ -135,8 +216,12 @@ func (r refresh) plan(ctx context.Context, a *Agent, bus systemd) (refreshPlan, 
 	if err != nil {
 		return p, err
 	}
+	sockets, err := socketNames(ctx, bus, units)
+	if err != nil {
+		return p, err
+	}
 	actions := map[string]consumer.Action{}
-	if err := r.consumers(a, &p, actions, units, own); err != nil {
+	if err := r.consumers(a, &p, actions, units, sockets, own); err != nil {
 		return p, err
 	}
 	if err := r.besides(ctx, bus, &p, actions, own); err != nil {
@@ -152,16 +237,13 @@ func (r refresh) plan(ctx context.Context, a *Agent, bus systemd) (refreshPlan, 
 
 // consumers plans for the units that load the names. The store is looked at
 // now, after systemd has answered: nothing is held while it is waited for.
-func (r refresh) consumers(a *Agent, p *refreshPlan, actions map[string]consumer.Action, units []consumer.Unit, own string) error {
+func (r refresh) consumers(a *Agent, p *refreshPlan, actions map[string]consumer.Action, units []consumer.Unit, sockets map[string][]string, own string) error {
 	tx, err := a.store().View()
 	if err != nil {
 		return err
 	}
 	defer tx.Close()
-	seen, err := a.newView(tx, r.cfg, r.removed)
-	if err != nil {
-		return err
-	}
+	seen := a.newView(tx, r.cfg, r.removed)
 	for _, u := range units {
 		// What does not run has nothing, and what has the values in force, or is
 		// about to load them, needs no more.
@@ -173,13 +255,35 @@ func (r refresh) consumers(a *Agent, p *refreshPlan, actions map[string]consumer
 		if len(wants) == 0 || mode == "" || mode == vsockrpc.RefreshNone {
 			continue
 		}
-		if action, why := r.action(u, mode, own); action != "" {
+		action, why := r.action(u, mode, own)
+		if i := slices.IndexFunc(sockets[u.Name], seen.missing); action != "" && i >= 0 {
+			action, why = "", "its start would wait for "+sockets[u.Name][i]
+			p.wouldWait = append(p.wouldWait, u.Name)
+		}
+		if action != "" {
 			actions[u.Name] = action
 		} else {
 			p.skip(u, why)
 		}
 	}
 	return nil
+}
+
+// socketNames returns all that each running unit loads over the credentials
+// socket, be it asked for or not.
+func socketNames(ctx context.Context, bus systemd, units []consumer.Unit) (map[string][]string, error) {
+	names := map[string][]string{}
+	for _, u := range units {
+		if !running(u) || !slices.ContainsFunc(u.Loads, func(l consumer.Load) bool { return l.Way == consumer.WaySocket }) {
+			continue
+		}
+		s, err := bus.Starting(ctx, u.Name)
+		if err != nil {
+			return nil, err
+		}
+		names[u.Name] = s.SocketNames
+	}
+	return names, nil
 }
 
 // besides plans for the units that the configuration names for what changed.
@@ -196,10 +300,8 @@ func (r refresh) besides(ctx context.Context, bus systemd, p *refreshPlan, actio
 			named[unit] = consumer.ActionTryRestart
 		}
 	}
-	for unit, action := range named {
-		if actions[unit] == consumer.ActionTryRestart {
-			continue
-		}
+	for _, unit := range slices.Sorted(maps.Keys(named)) {
+		action := named[unit]
 		u, err := bus.Unit(ctx, unit, nil)
 		if errors.Is(err, consumer.ErrLost) || ctx.Err() != nil {
 			return err
@@ -213,6 +315,7 @@ func (r refresh) besides(ctx context.Context, bus systemd, p *refreshPlan, actio
 			p.skip(u, "it is "+u.LoadState)
 		case !running(u):
 			p.skip(u, whyInactive)
+		case actions[u.Name] == consumer.ActionTryRestart: // by another name, perhaps
 		case action == consumer.ActionReload && !u.CanReload:
 			p.skip(u, whyReload)
 		default:
@@ -304,12 +407,27 @@ func running(u consumer.Unit) bool {
 }
 
 // matchesUnit reports whether one of the patterns, with wildcards as in
-// systemctl(1), matches the unit's name. One that is none matches nothing.
+// systemctl(1), matches the unit's name. See [checkUnitPattern] for those that
+// are none.
 func matchesUnit(unit string, patterns []string) bool {
 	return slices.ContainsFunc(patterns, func(p string) bool {
-		ok, err := path.Match(p, unit)
+		ok, err := path.Match(unitPattern(p), unit)
 		return ok && err == nil
 	})
+}
+
+// unitPattern writes a pattern of systemctl's, fnmatch(3) without escapes, as Go
+// has it: names of units have backslashes, and [!…] is [^…].
+func unitPattern(p string) string {
+	return strings.ReplaceAll(strings.ReplaceAll(p, `\`, `\\`), "[!", "[^")
+}
+
+// checkUnitPattern checks a pattern for names of units.
+func checkUnitPattern(p string) error {
+	if _, err := path.Match(unitPattern(p), ""); err != nil {
+		return errors.New("a pattern for units is malformed")
+	}
+	return nil
 }
 
 // refreshed is a job's end in the wire's words. A job that is done says only

@@ -660,7 +660,7 @@ func TestGateResumed(t *testing.T) {
 
 // From every phase that an agent can be killed in, the next one comes to an end.
 func TestTrialPhases(t *testing.T) {
-	for _, phase := range []trialPhase{trialRefreshing, trialWatching, trialRestoring, "nonsense"} {
+	for _, phase := range []trialPhase{trialRefreshing, trialWatching, trialRestoring, "nonsense", "later"} {
 		g := newGuest(t)
 		f := g.systemd(service("web.service", "a"))
 		g.put("1", "")
@@ -684,12 +684,13 @@ func TestTrialPhases(t *testing.T) {
 				t.Fatal(err)
 			}
 			want = "1"
-		case "nonsense":
+		case "nonsense", "later":
 			tx, err := g.a.store().Begin()
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := tx.SetTrial([]byte(`{"phase": 1}`)); err != nil {
+			note := map[trialPhase]string{"nonsense": `{"phase": 1}`, "later": `{"generation": 2, "phase": "later"}`}[phase]
+			if err := tx.SetTrial([]byte(note)); err != nil {
 				t.Fatal(err)
 			}
 			tx.Close()
@@ -704,13 +705,53 @@ func TestTrialPhases(t *testing.T) {
 			t.Fatalf("phase %s: %v", phase, err)
 		}
 		g.wantStore(map[string]string{"a": want})
-		if got := f.unitHas("web.service", "a"); phase != "nonsense" && got != want {
+		if got := f.unitHas("web.service", "a"); phase != "nonsense" && phase != "later" && got != want {
 			t.Errorf("phase %s: web.service has %q, want %q", phase, got, want)
 		}
 		if pending, err := g.a.pendingTrial(); err != nil || pending != nil {
 			t.Errorf("phase %s: trial %+v, %v, want none", phase, pending, err)
 		}
 	}
+}
+
+// Who would wait for a credential that is not there is left alone: a gate would
+// wait with it, and keep out the push that brings it.
+func TestRestoreDoesNotWait(t *testing.T) {
+	g := newGuest(t)
+	f := g.systemd(service("web.service", "a"), loader("socket.service", "new"))
+	f.units["socket.service"].ActiveState = "active"
+	f.over = true
+	f.watch = f.dies("web.service", "a", "bad")
+	c := g.serve(0).client()
+	if _, err := c.Apply(t.Context(), apply(value("a", "good"))); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.Apply(t.Context(), gated(time.Second, value("a", "bad"), value("new", "1")))
+	rolled, ok := errors.AsType[*vsockrpc.RolledBackError](err)
+	if !ok || rolled.Restored {
+		t.Fatalf("Apply = %v, want it rolled back and not all restored", err)
+	}
+	wantEqual(t, "units", results(rolled.Units), []string{"socket.service none skipped", "web.service restart done"})
+	g.wantStore(map[string]string{"a": "good"})
+	removed, err := c.Remove(t.Context(), &vsockrpc.RemoveParams{Names: []string{"new"}, Refresh: vsockrpc.RefreshAuto})
+	if err != nil || len(removed.Units) != 0 {
+		t.Errorf("Remove = %v, %v", removed.Units, err)
+	}
+}
+
+// A gate wants something to watch, whatever the configuration says.
+func TestGateImpliesRefresh(t *testing.T) {
+	g := newGuest(t)
+	f := g.systemd(service("web.service", "a"))
+	c := g.serve(0).client()
+	p := gated(time.Millisecond, value("a", "1"))
+	p.Gate, p.Refresh = time.Second, ""
+	res, err := c.Apply(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantEqual(t, "units", results(res.Units), []string{"web.service restart done"})
+	wantEqual(t, "jobs", f.asked(), []string{"tryRestart web.service"})
 }
 
 // A start that the agent before this one asked for, and that goes on, is waited
@@ -783,6 +824,7 @@ func TestLoadedAndStale(t *testing.T) {
 			"before.service": {InvocationID: "1", Names: map[string]load{"a": {Generation: 3}}},
 			"before.mount":   {InvocationID: "1", Names: map[string]load{"a": {Generation: 3}}},
 			"older.service":  {InvocationID: "1", Names: map[string]load{"a": {Generation: 1}}},
+			"reload.service": {InvocationID: "1", Names: map[string]load{"a": {Generation: 5, Reload: true, USec: 600}}},
 			"other.service":  {InvocationID: "0", Names: map[string]load{"a": {Generation: 5}}},
 		},
 	}
@@ -808,6 +850,9 @@ func TestLoadedAndStale(t *testing.T) {
 		{"older.service", "active", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", true},
 		{"other.service", "active", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", true},
 		{"other.service", "activating", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "none", "", false},
+		// What a reload was given is there once the reload has succeeded.
+		{"reload.service", "active", 599, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "unknown", "", true},
+		{"reload.service", "active", 601, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "inForce", "r2", false},
 		// What other units were given is not known, but where the agent gave it.
 		{"x.socket", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "none", "", false},
 		{"x.mount", "active", 1, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "unknown", "", false},
@@ -839,10 +884,7 @@ func TestCompareLoaded(t *testing.T) {
 	}
 	defer tx.Close()
 	cfg, _ := ParseConfig([]byte(`{"consumers": {"compare": true}}`))
-	v, err := g.a.newView(tx, cfg, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := g.a.newView(tx, cfg, nil)
 	for unit, want := range map[string]string{"now.service": "inForce", "before.service": "previous", "other.service": "unknown", "none.service": "unknown"} {
 		u := consumer.Unit{Name: unit, ActiveState: "active", LoadedUSec: 1}
 		if got, _ := v.loaded(u, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}); got != want {

@@ -72,10 +72,6 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	for _, n := range r.Reasons {
 		s.Log.Warn("a part of the configuration does not apply", slog.String("code", string(n.Code)), slog.String("detail", n.Detail))
 	}
-	pending, err := a.pendingTrial()
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 
@@ -89,10 +85,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 		if s.Credentials != nil {
 			defer s.Credentials.Close()
 		}
-		hand, err := a.newHandout(cfg, s.Log)
-		if err != nil {
-			return fmt.Errorf("serving credentials to units: %w", err)
-		}
+		hand := a.newHandout(cfg, s.Log)
 		defer hand.close()
 		c.hand = hand
 		hand.server.Store, hand.server.Busy, hand.hold = s.Store, busy.setWaiting, busy.hold
@@ -104,9 +97,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 			}
 		})
 	}
-	if pending != nil {
-		c.resume(pending)
-	}
+	c.resume()
 	c.watchStore()
 
 	server := &vsockrpc.Server{
@@ -132,12 +123,15 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	if s.Ready != nil {
 		s.Ready()
 	}
-	err = waitIdle(ctx, server, busy, s.Idle)
+	err := waitIdle(ctx, server, busy, s.Idle)
+	for err == nil && c.hand != nil && !c.hand.server.StopIfIdle() {
+		// Somebody came in the last moment.
+		err = waitIdle(ctx, server, busy, s.Idle)
+	}
 	if err != nil {
 		err = context.Cause(ctx)
 	}
-
-	if c.hand != nil && len(c.hand.server.Waiting()) > 0 && (s.Keeps == nil || !s.Keeps()) {
+	if c.hand != nil && c.hand.server.Stop() > 0 && (s.Keeps == nil || !s.Keeps()) {
 		c.hand.server.FailWaiting()
 	}
 	stopLoading()
@@ -169,16 +163,6 @@ func waitIdle(ctx context.Context, server *vsockrpc.Server, busy *activity, idle
 			return err
 		}
 	}
-}
-
-// resume goes on with a trial that an agent before this one began.
-func (c credentials) resume(t *trial) {
-	c.log.Info("going on with a gate", slog.Uint64("generation", t.Generation), slog.String("phase", string(t.Phase)))
-	c.work.run(func(ctx context.Context) {
-		if _, err := t.run(ctx, c.a, c.cfg, c.log, func(vsockrpc.Progress) {}); err != nil && ctx.Err() == nil && !isRolledBack(err) {
-			c.log.Error("a gate ended with an error", slog.Uint64("generation", t.Generation), slog.String("error", err.Error()))
-		}
-	})
 }
 
 // authorize decides over peers. Whoever runs the agent may call it locally,
@@ -223,7 +207,11 @@ func (a *Agent) ServeActivated(ctx context.Context, idle time.Duration, log *slo
 			s.Restored = append(s.Restored, f)
 			continue
 		}
-		_ = f.Close() // nothing that this version knows
+		// Nothing that this version knows, and it takes a place in the store.
+		if s.Store != nil {
+			_ = s.Store.Drop(f.Name())
+		}
+		_ = f.Close()
 	}
 	for _, l := range named {
 		if l.Name != fdCredentials {

@@ -767,10 +767,14 @@ func testSocketGeneration(t *testing.T, m *vm.Machine, _ vm.Release) {
 			fifo := "/run/vm-test/" + name
 			vmtest.Run(t, m, "mkfifo", fifo)
 			addUnits(t, m, map[string]string{
-				unit: asker{more: lines("ExecStartPre="+keeper+" "+name+".before", "ExecStartPre=/bin/sh -c 'read x <"+fifo+"'")}.loading(name, name+"-2"),
+				unit: asker{more: lines("ExecStartPre="+keeper+" "+name+".before", "ExecStartPre=/bin/sh -c 'touch "+fifo+".open; read x <"+fifo+"'")}.loading(name, name+"-2"),
 			})
 			begin(t, m, unit)
 			wantKept(t, m, name+".before", old)
+			// The second process asked, too; what comes now meets the third.
+			eventually(t, unit+" is in the middle of its start", func() bool {
+				return vmtest.Exec(t, m, vm.Command{Argv: []string{"test", "-e", fifo + ".open"}}).ExitCode == 0
+			})
 			if tt.change {
 				mustPush(t, m, creds{name: newValue(), name + "-2": newValue()})
 			}

@@ -201,8 +201,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("install", func(t *testing.T) {
 		install(t, dev.agent, dev.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active"})
 		s := readStatus(t, m)
 		wantLines(t, "entries", s.entries(), entries[:1])
 		wantLines(t, "reasons", s.codes(), nil)
@@ -242,8 +242,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 	t.Run("upgrade", func(t *testing.T) {
 		vmtest.Run(t, m, "systemctl", "disable", "guestagent-import.service")
 		install(t, release.agent, release.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "disabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "disabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active"})
 		s := readStatus(t, m)
 		wantLines(t, "entries", s.entries(), entries)
 		if s.Version != "0.1.0" || s.Generation != 2 {
@@ -258,7 +258,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("remove", func(t *testing.T) {
 		dpkg(t, "--remove", "guestagent")
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive", "inactive"})
 		if got := vmtest.Run(t, m, "find", "/usr/bin", "/usr/lib/systemd", "/etc/systemd", "-name", "guestagent*"); got != "" {
 			t.Errorf("left behind:\n%s", got)
 		}
@@ -281,8 +281,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		if out := install(t, release.agent); !strings.Contains(out, "without vsock in the kernel") {
 			t.Errorf("dpkg --install says nothing of vsock: %s", out)
 		}
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active", "active"})
 		wantLines(t, "entries", readStatus(t, m).entries(), entries)
 		if got := vmtest.Run(t, m, "dpkg-query", "--show", "--showformat=${Status}", "guestagent"); got != "install ok installed" {
 			t.Errorf("guestagent is %q", got)

@@ -318,7 +318,11 @@ func TestLive(t *testing.T) {
 			wantSeen := func(value string) {
 				t.Helper()
 				for _, name := range running {
-					wantFile(t, m, "/run/seen/"+strings.TrimSuffix(name, ".service"), []byte(value))
+					// Its shell copies it a moment after systemd has started it.
+					eventually(t, name+" has its value", func() bool {
+						b, err := m.ReadFile(t.Context(), "/run/seen/"+strings.TrimSuffix(name, ".service"))
+						return err == nil && string(b) == value
+					})
 					if got := active(t, name); got != "active" {
 						t.Errorf("%s is %s", name, got)
 					}

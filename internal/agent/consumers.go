@@ -159,11 +159,6 @@ func (v *view) staleLoad(u consumer.Unit, l consumer.Load) bool {
 	return loaded == vsockrpc.LoadedPrevious || loaded == vsockrpc.LoadedUnknown
 }
 
-// stale reports whether any of the unit's loads is.
-func (v *view) stale(u consumer.Unit) bool {
-	return slices.ContainsFunc(u.Loads, func(l consumer.Load) bool { return v.staleLoad(u, l) })
-}
-
 // consumers adds to each entry who loads it.
 func (a *Agent) consumers(ctx context.Context, cfg Config, entries []vsockrpc.Entry) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)

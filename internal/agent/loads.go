@@ -102,7 +102,7 @@ func (c *Config) mayLoad(unit, name string) error {
 		restricted = true
 	}
 	if restricted {
-		return errors.New("policy.load in the guest's configuration does not let this unit load it")
+		return errors.New("policy.load in the guest's configuration does not let this unit load it; name the unit there, or take the load out of it")
 	}
 	return nil
 }
@@ -214,7 +214,7 @@ func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.D
 	if !ok {
 		// Not among what systemd says the unit loads: its definition changed
 		// after it was started.
-		return refuse(errors.New("the unit's definition changed while it started"))
+		return refuse(errors.New("the unit's definition changed while it started; start it again"))
 	}
 	file, err := dup(v.file)
 	if err != nil {

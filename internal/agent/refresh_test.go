@@ -864,8 +864,8 @@ func TestLoadedAndStale(t *testing.T) {
 	} {
 		u := consumer.Unit{Name: tt.unit, ActiveState: tt.active, LoadedUSec: tt.usec, InvocationID: "1", Loads: []consumer.Load{tt.load}}
 		loaded, revision := v.loaded(u, tt.load)
-		if loaded != tt.loaded || revision != tt.revision || v.stale(u) != tt.stale {
-			t.Errorf("%s, %s, at %d, %+v: %s %q, stale %v, want %s %q, %v", tt.unit, tt.active, tt.usec, tt.load, loaded, revision, v.stale(u), tt.loaded, tt.revision, tt.stale)
+		if loaded != tt.loaded || revision != tt.revision || v.staleLoad(u, tt.load) != tt.stale {
+			t.Errorf("%s, %s, at %d, %+v: %s %q, stale %v, want %s %q, %v", tt.unit, tt.active, tt.usec, tt.load, loaded, revision, v.staleLoad(u, tt.load), tt.loaded, tt.revision, tt.stale)
 		}
 	}
 }

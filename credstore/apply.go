@@ -107,18 +107,22 @@ func (t *Tx) plan(set Set) (plan, error) {
 	for _, c := range set.Install {
 		if t.Holds(c.Name, c.Value) {
 			old := t.st.Entries[c.Name]
-			// A boot-time source does not relabel what came later.
-			if old.Revision == c.Revision || set.Source == credential.SourceSMBIOS {
+			// A boot-time source does not relabel what came later, and a provider
+			// takes over what it brings.
+			taken := set.Source == credential.SourceProvider && (old.Source != set.Source || old.Ephemeral)
+			if old.Revision == c.Revision && !taken || set.Source == credential.SourceSMBIOS {
 				p.result.Unchanged = append(p.result.Unchanged, c.Name)
 				continue
 			}
-			old.Revision, old.Source = c.Revision, set.Source
+			old.Revision, old.Source, old.Ephemeral = c.Revision, set.Source, set.overrides(old)
 			p.next.Entries[c.Name] = old
 			p.noted = true
 			p.result.Relabelled = append(p.result.Relabelled, c.Name)
 			continue
 		}
-		r := record{Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1, InstalledAt: p.at}
+		r := record{
+			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1, InstalledAt: p.at, Ephemeral: set.overrides(t.st.Entries[c.Name]),
+		}
 		p.changes = append(p.changes, change{name: c.Name, record: r, value: c.Value, forget: set.forgets()})
 		p.result.Installed = append(p.result.Installed, c.Name)
 	}

@@ -30,6 +30,16 @@ type Set struct {
 	Trial []byte
 	// Retry takes a set that was rejected.
 	Retry bool
+	// Ephemeral takes names, too, that a provider manages: those whose value
+	// came from one, see [credential.SourceProvider]. Without it only a set of
+	// that source changes or removes them. The value then holds until the
+	// provider applies its set again.
+	Ephemeral bool
+}
+
+// overrides reports whether the set puts its value over a provider's.
+func (s *Set) overrides(old record) bool {
+	return old.managed() && s.Source != credential.SourceProvider
 }
 
 // forgets reports whether no previous values are kept.
@@ -46,6 +56,9 @@ type Credential struct {
 	// that name first, for names whose consumers all give the full path or load
 	// by socket.
 	AllowShadowed bool
+	// Rejected says that the value failed a trial in an earlier boot, which the
+	// store does not remember. It is taken only where the name has no value yet.
+	Rejected bool
 }
 
 // A RefusedError is returned where a set cannot be applied as it is. Nothing of
@@ -65,9 +78,10 @@ func (e *RefusedError) Error() string {
 // Check splits the set into what [Tx.Apply] would take and what it would
 // refuse, in the order given. It changes nothing.
 func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
-	accepted = Set{Source: set.Source, Forget: set.Forget, Trial: set.Trial, Retry: set.Retry}
+	accepted = Set{Source: set.Source, Forget: set.Forget, Trial: set.Trial, Retry: set.Retry, Ephemeral: set.Ephemeral}
 	c := newChecker(t)
 	c.forget = set.forgets()
+	c.source, c.ephemeral = set.Source, set.Ephemeral
 	c.rejected = t.rejectedAgain(set)
 	refuse := func(name string, reason credential.Reason, format string, a ...any) {
 		refusals = append(refusals, credential.Refusal{Name: name, Source: set.Source, Reason: reason, Detail: fmt.Sprintf(format, a...)})
@@ -80,7 +94,7 @@ func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
 		accepted.Remove = append(accepted.Remove, name)
 	}
 	for _, cred := range set.Install {
-		if reason, detail := c.install(set.Source, cred); reason != "" {
+		if reason, detail := c.install(cred); reason != "" {
 			refuse(printable(cred.Name), reason, "%s", detail)
 			continue
 		}
@@ -108,6 +122,8 @@ type checker struct {
 	forceNames, keptNames int
 	tombstones            int
 	forget                bool
+	source                credential.Source
+	ephemeral             bool
 	rejected              map[string]bool // names of a set that was rejected and comes again
 }
 
@@ -146,6 +162,9 @@ func (c *checker) remove(name string) (credential.Reason, string) {
 	if !ok {
 		return "", ""
 	}
+	if reason, detail := c.managed(r); reason != "" {
+		return reason, detail
+	}
 	if reason, detail := c.foreign(name); reason != "" {
 		return reason, detail
 	}
@@ -153,7 +172,7 @@ func (c *checker) remove(name string) (credential.Reason, string) {
 	return "", ""
 }
 
-func (c *checker) install(source credential.Source, cred Credential) (credential.Reason, string) {
+func (c *checker) install(cred Credential) (credential.Reason, string) {
 	if reason, detail := c.name(cred.Name); reason != "" {
 		return reason, detail
 	}
@@ -175,12 +194,20 @@ func (c *checker) install(source credential.Source, cred Credential) (credential
 	}
 	old, installed := c.t.st.Entries[cred.Name]
 	same := c.t.Holds(cred.Name, cred.Value)
-	if source == credential.SourceSMBIOS && !same {
+	if cred.Rejected && installed && !same {
+		return credential.ReasonRejected, "a gate rolled this value back before the guest booted, and another one is in force; change the value"
+	}
+	if c.source == credential.SourceSMBIOS && !same {
 		if installed && old.Source != credential.SourceSMBIOS {
 			return credential.ReasonSuperseded, fmt.Sprintf("a value with source %q, installed later, is in force and stays", old.Source)
 		}
 		if _, dead := c.t.st.Removed[cred.Name]; dead {
 			return credential.ReasonRemoved, "it was removed since the guest booted, and stays so until it boots again or somebody pushes it"
+		}
+	}
+	if installed && c.source != credential.SourceSMBIOS {
+		if reason, detail := c.managed(old); reason != "" {
+			return reason, detail
 		}
 	}
 
@@ -208,6 +235,14 @@ func (c *checker) install(source credential.Source, cred Credential) (credential
 	c.setBytes += size
 	c.setNames++
 	return "", ""
+}
+
+// managed says whether a provider manages the name, and the set is not its own.
+func (c *checker) managed(r record) (credential.Reason, string) {
+	if !r.managed() || c.ephemeral || c.source == credential.SourceProvider {
+		return "", ""
+	}
+	return credential.ReasonManaged, "the VM's provider on the host manages it; change it there, or set it with --ephemeral until the provider applies its set again"
 }
 
 // replaced accounts for a value that goes out of force.

@@ -62,7 +62,12 @@ type record struct {
 	// last set the state knows it, see [state.stamp].
 	InstalledUSec uint64   `json:"installedMonotonicUSec"`
 	File          identity `json:"file"`
+	// Ephemeral is a value that somebody else put over a provider's.
+	Ephemeral bool `json:"ephemeral,omitempty"`
 }
+
+// managed reports whether a provider manages the name.
+func (r record) managed() bool { return r.Source == credential.SourceProvider || r.Ephemeral }
 
 // A tombstone says that a name was removed on purpose.
 type tombstone struct {

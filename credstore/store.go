@@ -105,6 +105,8 @@ type Entry struct {
 	// timestamps of units.
 	Generation    uint64 `json:"generation"`
 	InstalledUSec uint64 `json:"installedMonotonicUSec"`
+	// Ephemeral is a value over a provider's: see [Set].
+	Ephemeral bool `json:"ephemeral,omitempty"`
 }
 
 // A Tx is the store with its lock held. Close gives the lock back. It must not
@@ -269,8 +271,13 @@ func (t *Tx) entry(name string, r record) Entry {
 	return Entry{
 		Name: name, Revision: r.Revision, Size: r.File.Size, Source: r.Source, InstalledAt: r.InstalledAt,
 		State: StateInForce, Path: filepath.Join(t.s.cfg.Dir, name), Generation: r.Generation, InstalledUSec: r.InstalledUSec,
+		Ephemeral: r.Ephemeral,
 	}
 }
+
+// Folders are those in which a file gets its name or loses it whenever
+// something changes that the store tells of, for watching them.
+func (s *Store) Folders() []string { return []string{s.cfg.Dir, filepath.Join(s.cfg.Dir, ownDir)} }
 
 // A Note is a file of the caller's beside the store's state. It is kept until
 // the next one of its name or a reboot, and must not hold a value.
@@ -280,9 +287,13 @@ type Note string
 const (
 	NoteReport Note = "report.json" // what the last import said
 	NoteLoads  Note = "loads.json"  // who was handed what
+	// NotePull is how asking the provider got on, NoteProvider what the provider
+	// did.
+	NotePull     Note = "pull.json"
+	NoteProvider Note = "provider.json"
 )
 
-var notes = []Note{NoteReport, NoteLoads}
+var notes = []Note{NoteReport, NoteLoads, NotePull, NoteProvider}
 
 // SetNote keeps a note.
 func (t *Tx) SetNote(n Note, b []byte) error {

@@ -255,7 +255,7 @@ func (t *Tx) RejectedSet() (_ Set, err error) {
 		return Set{}, fmt.Errorf("reading the rejected set: %w", err)
 	}
 	defer d.close()
-	set := Set{Retry: true}
+	set := Set{Retry: true, Ephemeral: true} // what was allowed once
 	defer func() {
 		if err != nil {
 			for _, c := range set.Install {

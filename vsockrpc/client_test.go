@@ -275,6 +275,11 @@ func FuzzReply(f *testing.F) {
 	f.Add([]byte(`{"parameters":{"generation":1,"installed":[],"relabelled":[],"removed":[],"unchanged":[],"units":[{"unit":"u","action":"a","result":"r","state":"s","detail":"d"}],"progress":{"phase":"p","unit":{"unit":"u","action":"a","result":"r","state":"s","detail":"d"},"waitingFor":["u"]}},"continues":true}`))
 	f.Add([]byte(`{"error":"io.guestagent.Credentials.RolledBack","parameters":{"generation":1,"units":[],"problem":"p","restored":true}}`))
 	f.Add([]byte(`{"parameters":{"generation":1,"entries":[{"name":"n","revision":"","size":1,"source":"","installedAt":"","state":"","path":"","consumers":[{"unit":"u","activeState":"a","as":"n","way":"file","revision":"r","loaded":"inForce","stale":true,"refresh":"none","detail":"d"}]}],"refusals":[],"waiting":[{"unit":"u","name":"n","since":""}],"rejected":[{"generation":1,"at":"","names":["n"],"problem":"p"}],"gate":2,"consumersProblem":"p"}}`))
+	f.Add([]byte(`{"parameters":{"generation":1,"installed":[],"relabelled":[],"removed":[],"unchanged":[],"refusals":[{"name":"n","source":"provider","reason":"managed","detail":"d"}]}}`))
+	f.Add([]byte(`{"parameters":{"report":{"version":"v","bootId":"b","machineId":"m","generation":1,"gate":2,"entries":[{"name":"n","revision":"","size":1,"source":"","installedAt":"","state":"","path":"","ephemeral":true}],"refusals":[],"reasons":[{"code":"c","detail":"d","hint":"h"}],"rejected":[{"generation":1,"at":"","names":["n"],"problem":"p"}],"provider":{"address":"vsock:2:1021","state":"waiting","since":"","problem":"p"}}},"continues":true}`))
+	f.Add([]byte(`{"parameters":{"bootId":"b","generation":1}}`))
+	f.Add([]byte(`{"parameters":{"name":"n","target":"vsock:3","state":"inForce","problem":"","since":"","lastContact":"","report":null}}`))
+	f.Add([]byte(`{"error":"io.guestagent.Provider.Unavailable","parameters":{"problem":"p"}}`))
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		r, err := decodeReply(msg)
 		if err != nil {
@@ -286,7 +291,7 @@ func FuzzReply(f *testing.F) {
 		if text := (&Error{Name: r.err, Parameters: r.raw}).Error(); len(text) > maxNameLen+maxQuoted+8 || strings.ContainsAny(text, "\x1b\n\x00") {
 			t.Errorf("decodeReply(%q): the error is %q", msg, text)
 		}
-		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefreshResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}, &GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{}} {
+		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefreshResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}, &GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{}, &GetResult{}, &WatchReply{}, &PingResult{}, &ProviderStatus{}, &UnavailableError{}} {
 			d := r.parameters
 			if err := d.Decode(v); err != nil {
 				continue

@@ -52,6 +52,9 @@ type Credential struct {
 	Value secret.Value
 	// AllowShadowed installs it although systemd finds another file first.
 	AllowShadowed bool
+	// Rejected says that a gate rolled this value back in an earlier boot. It is
+	// refused where the guest has another value, and installed where it has none.
+	Rejected bool
 }
 
 // ApplyParams are the parameters of Apply.
@@ -71,6 +74,15 @@ type ApplyParams struct {
 	// Gate is in whole seconds, from MinGate to MaxGate, and needs a refresh
 	// other than none. 0 is no gate.
 	Gate time.Duration
+	// Source is what the set is recorded as: empty, which is push, or one of
+	// SourcePush and SourceProvider.
+	Source credential.Source
+	// Partial leaves out what the guest refuses, and applies the rest. What does
+	// not decode still refuses the whole set.
+	Partial bool
+	// Ephemeral takes names that the provider manages, too. Their values hold
+	// until the provider applies its set again.
+	Ephemeral bool
 }
 
 // Wipe overwrites the values.
@@ -109,6 +121,8 @@ type ApplyResult struct {
 	Relabelled []string `json:"relabelled"`
 	Removed    []string `json:"removed"`
 	Unchanged  []string `json:"unchanged"`
+	// Refusals are what a partial set was applied without.
+	Refusals []credential.Refusal `json:"refusals,omitzero"`
 	// Units are the consumers that were to be refreshed.
 	Units []Refreshed `json:"units,omitzero"`
 	// Progress is nil in the last reply.
@@ -138,6 +152,9 @@ type Entry struct {
 	InstalledAt string `json:"installedAt"`
 	State       string `json:"state"`
 	Path        string `json:"path"`
+	// Ephemeral is a value that was pushed over one of the provider's. It holds
+	// until the provider applies its set again.
+	Ephemeral bool `json:"ephemeral,omitzero"`
 	// Consumers are there if they were asked for.
 	Consumers []Consumer `json:"consumers,omitzero"`
 }
@@ -178,7 +195,7 @@ type GenerationMismatchError struct {
 // A NoPreviousError says that nothing is kept to roll back to.
 type NoPreviousError struct{}
 
-// A wireType is an error of the interface's own.
+// A wireType is an error of one of our interfaces.
 type wireType interface {
 	WireError
 	Unmarshaler
@@ -229,6 +246,7 @@ func (p *ApplyParams) EncodeTo(e *Encoder) {
 			e.OptString("revision", c.Revision)
 			e.Base64("data", c.Value)
 			e.OptBool("allowShadowed", c.AllowShadowed)
+			e.OptBool("rejected", c.Rejected)
 		})
 	}
 	optStrings(e, "remove", p.Remove)
@@ -239,11 +257,14 @@ func (p *ApplyParams) EncodeTo(e *Encoder) {
 	e.OptBool("dryRun", p.DryRun)
 	e.OptString("refresh", p.Refresh)
 	encodeGate(e, p.Gate)
+	e.OptString("source", string(p.Source))
+	e.OptBool("partial", p.Partial)
+	e.OptBool("ephemeral", p.Ephemeral)
 }
 
 // sizeHint is about what EncodeTo writes, so that the buffer does not grow.
 func (p *ApplyParams) sizeHint() int {
-	n := 256
+	n := 320 + len(p.PrunePrefix)
 	for i := range p.Set {
 		c := &p.Set[i]
 		n += len(c.Name) + len(c.Revision) + (c.Value.Len()+2)/3*4 + 80
@@ -267,15 +288,15 @@ func optInt(e *Encoder, key string, n *int64) {
 }
 
 var (
-	applyFields      = NewFields("set?", "remove?", "prune?", "prunePrefix?", "expectedGeneration?", "forget?", "dryRun?", "refresh?", "gate?")
-	credentialFields = NewFields("name", "revision?", "data?", "text?", "allowShadowed?")
+	applyFields      = NewFields("set?", "remove?", "prune?", "prunePrefix?", "expectedGeneration?", "forget?", "dryRun?", "refresh?", "gate?", "source?", "partial?", "ephemeral?")
+	credentialFields = NewFields("name", "revision?", "data?", "text?", "allowShadowed?", "rejected?")
 	removeFields     = NewFields("names", "expectedGeneration?", "forget?", "refresh?")
 	rollbackFields   = NewFields("expectedGeneration?", "refresh?")
 	listFields       = NewFields("consumers?")
 
-	applyResultFields    = NewFields("generation", "installed", "relabelled", "removed", "unchanged", "units?", "progress?").Open()
+	applyResultFields    = NewFields("generation", "installed", "relabelled", "removed", "unchanged", "refusals?", "units?", "progress?").Open()
 	listResultFields     = NewFields("generation", "entries", "refusals", "waiting?", "rejected?", "gate?", "consumersProblem?").Open()
-	entryFields          = NewFields("name", "revision", "size", "source", "installedAt", "state", "path", "consumers?").Open()
+	entryFields          = NewFields("name", "revision", "size", "source", "installedAt", "state", "path", "ephemeral?", "consumers?").Open()
 	refusalFields        = NewFields("name", "source", "reason", "detail").Open()
 	removeResultFields   = NewFields("generation", "removed", "unchanged", "units?", "progress?").Open()
 	rollbackResultFields = NewFields("generation", "installed", "removed", "units?", "progress?").Open()
@@ -309,6 +330,12 @@ func (p *ApplyParams) DecodeFrom(d *Decoder) {
 			p.Refresh = decodeSetRefresh(d)
 		case "gate":
 			p.Gate = decodeGate(d)
+		case "source":
+			p.Source = credential.Source(decodeWord(d, string(credential.SourcePush), string(credential.SourceProvider)))
+		case "partial":
+			p.Partial = d.Bool()
+		case "ephemeral":
+			p.Ephemeral = d.Bool()
 		}
 	})
 	checkGate(d, p.Gate, p.Refresh)
@@ -362,6 +389,8 @@ func (s *setDecoder) credential(i int) Credential {
 			c.Value, _, problem = d.secretText(credential.MaxSize)
 		case "allowShadowed":
 			c.AllowShadowed = d.Bool()
+		case "rejected":
+			c.Rejected = d.Bool()
 		}
 	})
 	switch {
@@ -466,6 +495,9 @@ func (r *ApplyResult) EncodeTo(e *Encoder) {
 	e.Strings("relabelled", r.Relabelled)
 	e.Strings("removed", r.Removed)
 	e.Strings("unchanged", r.Unchanged)
+	if len(r.Refusals) > 0 {
+		encodeRefusals(e, r.Refusals)
+	}
 	encodeOptUnits(e, r.Units)
 	encodeProgress(e, r.Progress)
 }
@@ -484,6 +516,8 @@ func (r *ApplyResult) DecodeFrom(d *Decoder) {
 			r.Removed = listed(d)
 		case "unchanged":
 			r.Unchanged = listed(d)
+		case "refusals":
+			r.Refusals = decodeRefusals(d)
 		case "units":
 			r.Units = decodeUnits(d)
 		case "progress":
@@ -498,17 +532,7 @@ func listed(d *Decoder) []string { return d.Strings(maxListed, maxLine) }
 // EncodeTo encodes the result.
 func (r *ListResult) EncodeTo(e *Encoder) {
 	e.Int("generation", r.Generation)
-	e.Array("entries", len(r.Entries), func(i int) {
-		entry := &r.Entries[i]
-		e.String("name", entry.Name)
-		e.String("revision", entry.Revision)
-		e.Int("size", entry.Size)
-		e.String("source", string(entry.Source))
-		e.String("installedAt", entry.InstalledAt)
-		e.String("state", entry.State)
-		e.String("path", entry.Path)
-		encodeConsumers(e, entry.Consumers)
-	})
+	encodeEntries(e, r.Entries)
 	encodeRefusals(e, r.Refusals)
 	encodeWaiting(e, r.Waiting)
 	encodeRejected(e, r.Rejected)
@@ -523,8 +547,7 @@ func (r *ListResult) DecodeFrom(d *Decoder) {
 		case "generation":
 			r.Generation = d.Int()
 		case "entries":
-			r.Entries = []Entry{}
-			d.Array(maxListed, func(int) { r.Entries = append(r.Entries, decodeEntry(d)) })
+			r.Entries = decodeEntries(d)
 		case "refusals":
 			r.Refusals = decodeRefusals(d)
 		case "waiting":
@@ -539,6 +562,27 @@ func (r *ListResult) DecodeFrom(d *Decoder) {
 		}
 	})
 	reset(d, r)
+}
+
+func encodeEntries(e *Encoder, entries []Entry) {
+	e.Array("entries", len(entries), func(i int) {
+		entry := &entries[i]
+		e.String("name", entry.Name)
+		e.String("revision", entry.Revision)
+		e.Int("size", entry.Size)
+		e.String("source", string(entry.Source))
+		e.String("installedAt", entry.InstalledAt)
+		e.String("state", entry.State)
+		e.String("path", entry.Path)
+		e.OptBool("ephemeral", entry.Ephemeral)
+		encodeConsumers(e, entry.Consumers)
+	})
+}
+
+func decodeEntries(d *Decoder) []Entry {
+	entries := []Entry{}
+	d.Array(maxListed, func(int) { entries = append(entries, decodeEntry(d)) })
+	return entries
 }
 
 func decodeEntry(d *Decoder) Entry {
@@ -559,6 +603,8 @@ func decodeEntry(d *Decoder) Entry {
 			e.State = d.String(maxLine)
 		case "path":
 			e.Path = d.String(maxLine)
+		case "ephemeral":
+			e.Ephemeral = d.Bool()
 		case "consumers":
 			e.Consumers = decodeConsumers(d)
 		}
@@ -731,7 +777,7 @@ func (c Credentials) Retry(ctx context.Context, p *RetryParams) (ApplyResult, er
 	return change[ApplyResult](ctx, c, MethodRetry, p)
 }
 
-// call calls a method of io.guestagent.Credentials that answers once.
+// call calls a method that answers once.
 func call[R any, P interface {
 	*R
 	Unmarshaler
@@ -780,7 +826,7 @@ func change[R any, P interface {
 	return result, nil
 }
 
-// typed gives the interface's own errors their types.
+// typed gives our interfaces' own errors their types.
 func typed(method string, err error) error {
 	e, ok := errors.AsType[*Error](err)
 	if !ok {
@@ -789,6 +835,7 @@ func typed(method string, err error) error {
 	for _, t := range []wireType{
 		&RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{},
 		&GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{},
+		&UnavailableError{},
 	} {
 		if t.WireName() != e.Name {
 			continue

@@ -27,6 +27,10 @@ func TestApplyDecode(t *testing.T) {
 		`{"set":[{"name":"a","text":"` + marker + `","data":""}]}`:            "set[0]: want exactly one of data and text",
 		`{"set":[{"text":"` + marker + `"}]}`:                                 "set[0].name: is missing",
 		`{"set":[{"name":"a","data":null}]}`:                                  "set[0]: want exactly one of data and text",
+		`{"source":"local"}`:                                                  "source: is not one of push, provider",
+		`{"source":""}`:                                                       "source: is not one of push, provider",
+		`{"source":"` + marker + `"}`:                                         "source: is not one of push, provider",
+		`{"partial":"provider"}`:                                              "partial: want a boolean, have a string",
 		`{"expectedGeneration":-1}`:                                           "expectedGeneration: is negative",
 		`{"set":[` + strings.Repeat(`{"name":"a","text":""},`, 1024) + `{}]}`: "set: has more than 1023 values",
 	} {
@@ -34,6 +38,60 @@ func TestApplyDecode(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || !errors.As(err, new(*DecodeError)) || p.Set != nil || strings.Contains(err.Error(), marker) {
 			t.Errorf("decoding %.80s = %+v, %v, want %q", doc, p, err, want)
 		}
+	}
+}
+
+// What a provider says of its set, on the wire and off it.
+func TestApplyProvider(t *testing.T) {
+	for _, want := range []ApplyParams{
+		{},
+		{Source: credential.SourcePush, Ephemeral: true},
+		{Source: credential.SourceProvider, Partial: true, Set: []Credential{{Name: "a", Rejected: true}, {Name: "b", AllowShadowed: true}}},
+	} {
+		var e Encoder
+		e.raw("{")
+		want.EncodeTo(&e)
+		e.raw("}")
+		got, err := decodeApply(string(e.buf))
+		if err != nil || got.Source != want.Source || got.Partial != want.Partial || got.Ephemeral != want.Ephemeral || len(got.Set) != len(want.Set) {
+			t.Fatalf("%s decodes to %+v, %v", e.buf, got, err)
+		}
+		for i, c := range want.Set {
+			if got.Set[i].Rejected != c.Rejected || got.Set[i].AllowShadowed != c.AllowShadowed {
+				t.Errorf("%s decodes to %+v", e.buf, got.Set[i])
+			}
+		}
+		if want.Source == "" && string(e.buf) != "{}" {
+			t.Errorf("nothing is encoded as %s", e.buf)
+		}
+	}
+	// What does not decode is no refusal that a partial set goes without.
+	p, err := decodeApply(`{"partial":true,"set":[{"name":"a","text":"x"},{"name":"b","data":"!"}]}`)
+	if e, ok := errors.AsType[*RefusedError](err); !ok || len(e.Refusals) != 1 || p.Set != nil || p.Partial {
+		t.Errorf("decoding a part = %+v, %v, want a RefusedError", p, err)
+	}
+	// Nor do refusals without partial stay in an answer where there are none.
+	var e Encoder
+	(&ApplyResult{Refusals: []credential.Refusal{}}).EncodeTo(&e)
+	if strings.Contains(string(e.buf), "refusals") {
+		t.Errorf("no refusals are encoded as %s", e.buf)
+	}
+}
+
+// The hint holds for the longest of everything.
+func TestApplySizeHint(t *testing.T) {
+	generation := int64(-1 << 63)
+	p := &ApplyParams{
+		Prune: true, PrunePrefix: strings.Repeat("p", credential.MaxNameLen), ExpectedGeneration: &generation, Forget: true, DryRun: true,
+		Refresh: RefreshRestart, Gate: MaxGate, Source: credential.SourceProvider, Partial: true, Ephemeral: true,
+	}
+	for range credential.MaxSetNames {
+		p.Set = append(p.Set, Credential{Name: "n", Revision: "r", Value: value("v"), AllowShadowed: true, Rejected: true})
+	}
+	var e Encoder
+	encodeCall(&e, MethodApply, p, true, false)
+	if hint := p.sizeHint() + len(MethodApply) + 128; len(e.buf) > hint {
+		t.Errorf("the message has %d bytes, the hint said %d", len(e.buf), hint)
 	}
 }
 
@@ -160,6 +218,14 @@ func TestNothingShowsSecrets(t *testing.T) {
 		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"foreign","text":"%s"}]}}`,
 		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s`,
 		`{"method":"io.guestagent.Credentials.Apply","%s":"%s"}`,
+		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s"}],"source":"%s"}}`,
+		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a/","text":"%s"}],"partial":true}}`,
+		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s","rejected":"%s"}]}}`,
+		`{"method":"io.guestagent.Health.Get","parameters":{"%s":"%s"}}`,
+		`{"method":"io.guestagent.Health.Watch","more":true,"parameters":{"heartbeat":"%s"}}`,
+		`{"method":"io.guestagent.Health.Watch","more":true,"parameters":{"%s":"%s"}}`,
+		`{"method":"io.guestagent.Provider.Ring","parameters":{"%s":"%s"}}`,
+		`{"method":"io.guestagent.Provider.Status","parameters":{"%s":"%s"}}`,
 		`{"method":"io.guestagent.Credentials.Remove","parameters":{"names":["%s",1]}}`,
 		`{"method":"io.guestagent.Credentials.Apply","parameters":{"set":[{"name":"a","text":"%s"}],"refresh":"%s"}}`,
 		`{"method":"io.guestagent.Credentials.Refresh","parameters":{"names":["%s",1]}}`,
@@ -194,12 +260,14 @@ func TestNothingShowsSecrets(t *testing.T) {
 
 func FuzzApply(f *testing.F) {
 	f.Add(`{"set":[{"name":"a","text":"x"},{"name":"b","data":"AAAA","revision":"r","allowShadowed":true}],"remove":["c"],"prune":true,"prunePrefix":"p","expectedGeneration":7,"forget":true,"dryRun":true,"refresh":"auto","gate":30}`)
+	f.Add(`{"set":[{"name":"a","text":"x","rejected":true}],"source":"provider","partial":true,"ephemeral":true}`)
+	f.Add(`{"source":"push","partial":false}`)
 	f.Add(`{"set":[{"name":"a/","text":"x"}]}`)
 	f.Add(`{"set":null}`)
 	f.Fuzz(func(t *testing.T, s string) {
 		p, err := decodeApply(s)
 		if err != nil {
-			if p.Set != nil || p.Remove != nil || p.Prune || p.ExpectedGeneration != nil {
+			if p.Set != nil || p.Remove != nil || p.Prune || p.ExpectedGeneration != nil || p.Source != "" || p.Partial || p.Ephemeral {
 				t.Errorf("decoding %q = %+v, %v, want nothing", s, p, err)
 			}
 			return
@@ -215,11 +283,12 @@ func FuzzApply(f *testing.F) {
 		if err == nil {
 			err = m.parameters.Decode(&again)
 		}
-		if err != nil || len(again.Set) != len(p.Set) || fmt.Sprint(again.Remove) != fmt.Sprint(p.Remove) || again.Prune != p.Prune || again.PrunePrefix != p.PrunePrefix || again.Refresh != p.Refresh || again.Gate != p.Gate {
+		if err != nil || len(again.Set) != len(p.Set) || fmt.Sprint(again.Remove) != fmt.Sprint(p.Remove) || again.Prune != p.Prune || again.PrunePrefix != p.PrunePrefix || again.Refresh != p.Refresh || again.Gate != p.Gate ||
+			again.Source != p.Source || again.Partial != p.Partial || again.Ephemeral != p.Ephemeral {
 			t.Fatalf("%q: %+v became %+v, %v", s, p, again, err)
 		}
 		for i, c := range p.Set {
-			if a := again.Set[i]; a.Name != c.Name || a.Revision != c.Revision || !a.Value.Equal(c.Value) || a.AllowShadowed != c.AllowShadowed {
+			if a := again.Set[i]; a.Name != c.Name || a.Revision != c.Revision || !a.Value.Equal(c.Value) || a.AllowShadowed != c.AllowShadowed || a.Rejected != c.Rejected {
 				t.Errorf("%q: credential %d changed", s, i)
 			}
 		}

@@ -1,6 +1,7 @@
 // Package vsockrpc is Varlink over any net.Conn: a server and a client for
 // AF_VSOCK, for the Unix sockets by which VMMs expose vsock (vsock-mux), and
-// for plain Unix sockets. It has the interface io.guestagent.Credentials as Go
+// for plain Unix sockets. It has the interfaces io.guestagent.Credentials and
+// io.guestagent.Health of a guest and io.guestagent.Provider of a host as Go
 // types, and the policy that says which peer may talk to the agent.
 //
 // A message is one JSON object and a NUL byte. The package guarantees that a

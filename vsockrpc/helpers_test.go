@@ -2,6 +2,7 @@ package vsockrpc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -292,7 +294,12 @@ func (f *fakeCredentials) iface() Interface {
 			r := ApplyResult{}
 			for _, c := range p.Set {
 				if c.Name == "foreign" {
-					return &RefusedError{Refusals: []credential.Refusal{{Name: c.Name, Source: credential.SourcePush, Reason: credential.ReasonForeign, Detail: "somebody's"}}}
+					refusal := credential.Refusal{Name: c.Name, Source: cmp.Or(p.Source, credential.SourcePush), Reason: credential.ReasonForeign, Detail: "somebody's"}
+					if !p.Partial {
+						return &RefusedError{Refusals: []credential.Refusal{refusal}}
+					}
+					r.Refusals = append(r.Refusals, refusal)
+					continue
 				}
 				f.values[c.Name] = bytes.Clone(c.Value.Bytes())
 				r.Installed = append(r.Installed, c.Name)
@@ -368,12 +375,90 @@ func (f *fakeCredentials) iface() Interface {
 	}}
 }
 
+// testReport is what [fakeHealth] has first.
+func testReport() *Report {
+	return &Report{
+		Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 1,
+		Reasons:  []Reason{{Code: "providerUnreachable", Detail: "no answer", Hint: "start it"}},
+		Provider: &ProviderState{Address: "vsock:2:1021", State: ProviderUnreachable, Since: "2026-11-22T00:00:00Z", Problem: "no answer"},
+	}
+}
+
+// fakeHealth answers io.guestagent.Health. A watch sees a heartbeat and a change,
+// and then heartbeats.
+func fakeHealth() Interface {
+	return Interface{Name: HealthInterface, Description: HealthDescription, Methods: map[string]Handler{
+		"Get": func(_ context.Context, call *Call) error {
+			call.Params().Empty()
+			if err := call.Params().End(); err != nil {
+				return err
+			}
+			return call.Reply(&GetResult{Report: testReport()})
+		},
+		"Watch": func(ctx context.Context, call *Call) error {
+			var p WatchParams
+			if err := call.Decode(&p); err != nil {
+				return err
+			}
+			changed := testReport()
+			changed.Generation, changed.Reasons, changed.Provider = 2, nil, nil
+			for _, r := range []*Report{testReport(), nil, changed} {
+				if err := call.ReplyMore(&WatchReply{Report: r}); err != nil {
+					return err
+				}
+			}
+			for {
+				if err := wait(ctx, cmp.Or(p.Heartbeat, DefaultWatchHeartbeat)); err != nil {
+					return err
+				}
+				if err := call.ReplyMore(&WatchReply{}); err != nil {
+					return err
+				}
+			}
+		},
+		"Ping": func(_ context.Context, call *Call) error {
+			call.Params().Empty()
+			if err := call.Params().End(); err != nil {
+				return err
+			}
+			return call.Reply(&PingResult{BootID: "b1", Generation: 1})
+		},
+	}}
+}
+
+// fakeProvider answers io.guestagent.Provider. The first ring is in vain.
+func fakeProvider() Interface {
+	var rung atomic.Bool
+	return Interface{Name: ProviderInterface, Description: ProviderDescription, Methods: map[string]Handler{
+		"Ring": func(_ context.Context, call *Call) error {
+			call.Params().Empty()
+			if err := call.Params().End(); err != nil {
+				return err
+			}
+			if !rung.Swap(true) {
+				return &UnavailableError{Problem: "the guest does not answer"}
+			}
+			return call.Reply(nil)
+		},
+		"Status": func(_ context.Context, call *Call) error {
+			call.Params().Empty()
+			if err := call.Params().End(); err != nil {
+				return err
+			}
+			return call.Reply(&ProviderStatus{
+				Name: "web1", Target: "vsock:7", State: GuestInForce, Since: "2026-11-22T00:00:01Z", LastContact: "2026-11-22T00:00:02Z",
+				Report: &Report{Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 2},
+			})
+		},
+	}}
+}
+
 // testServer has every interface and lets everybody in.
 func testServer() (*Server, *fakeCredentials) {
 	f := &fakeCredentials{values: map[string][]byte{}}
 	return &Server{
 		Vendor: "guestagent", Product: "guestagent", Version: "1.2.3", URL: "https://example.org/",
-		Interfaces: []Interface{testInterface(), f.iface()}, Authorize: allowAll,
+		Interfaces: []Interface{testInterface(), f.iface(), fakeHealth(), fakeProvider()}, Authorize: allowAll,
 	}, f
 }
 

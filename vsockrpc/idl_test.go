@@ -145,6 +145,8 @@ func (x idl) sampleOf(fields []idlField) sample {
 			v = `"aHVudGVyMmh1bnRlcjI="`
 		case f.name == "refresh":
 			v = `"auto"`
+		case f.name == "source":
+			v = `"provider"`
 		case f.typ == "string":
 			v = `"` + f.name + `"`
 		case f.typ == "int":
@@ -210,23 +212,18 @@ func (x idl) checkCodec(t *testing.T, what string, fields []idlField, fresh func
 	}
 }
 
-// The Go types have every field of the description, and no other.
-func TestCredentialsDescription(t *testing.T) {
-	x := parseIDL(t, CredentialsDescription)
-	if x.name != CredentialsInterface {
-		t.Errorf("the interface is %s", x.name)
-	}
-	type method struct {
-		name    string
-		in, out func() any
-	}
-	methods := map[string]method{
-		"Apply":    {MethodApply, func() any { return &ApplyParams{} }, func() any { return &ApplyResult{} }},
-		"List":     {MethodList, func() any { return &ListParams{} }, func() any { return &ListResult{} }},
-		"Remove":   {MethodRemove, func() any { return &RemoveParams{} }, func() any { return &RemoveResult{} }},
-		"Rollback": {MethodRollback, func() any { return &RollbackParams{} }, func() any { return &RollbackResult{} }},
-		"Refresh":  {MethodRefresh, func() any { return &RefreshParams{} }, func() any { return &RefreshResult{} }},
-		"Retry":    {MethodRetry, func() any { return &RetryParams{} }, func() any { return &ApplyResult{} }},
+// A goMethod is a method as Go has it.
+type goMethod struct {
+	name    string
+	in, out func() any
+}
+
+// checkInterface checks that the Go types have every field of the description,
+// and no other.
+func (x idl) checkInterface(t *testing.T, name string, methods map[string]goMethod, wireErrors []func() any) {
+	t.Helper()
+	if x.name != name {
+		t.Errorf("the interface is %s, want %s", x.name, name)
 	}
 	for name, m := range x.methods {
 		g, ok := methods[name]
@@ -240,11 +237,6 @@ func TestCredentialsDescription(t *testing.T) {
 	if len(methods) != len(x.methods) {
 		t.Errorf("Go has %d methods, the description %d", len(methods), len(x.methods))
 	}
-	wireErrors := []func() any{
-		func() any { return &RefusedError{} }, func() any { return &GenerationMismatchError{} }, func() any { return &NoPreviousError{} },
-		func() any { return &GateInProgressError{} }, func() any { return &RolledBackError{} }, func() any { return &NothingRejectedError{} },
-		func() any { return &NoSystemdError{} },
-	}
 	for _, fresh := range wireErrors {
 		name := strings.TrimPrefix(fresh().(WireError).WireName(), x.name+".")
 		fields, ok := x.errors[name]
@@ -256,10 +248,37 @@ func TestCredentialsDescription(t *testing.T) {
 	if len(wireErrors) != len(x.errors) {
 		t.Errorf("Go has %d errors, the description %d", len(wireErrors), len(x.errors))
 	}
-	// The nested types, each alone: one of a set, an entry and so on.
-	nest := func(key string, rest string, fresh func() any) func() any {
-		return func() any { return &nested{key: key, rest: rest, inner: fresh()} }
+}
+
+// noParams is what a method without parameters takes, and nothing what one
+// without an answer gives.
+type (
+	noParams struct{}
+	nothing  struct{}
+)
+
+func (noParams) DecodeFrom(d *Decoder) { d.Empty() }
+func (noParams) EncodeTo(*Encoder)     {}
+
+func (nothing) DecodeFrom(d *Decoder) { d.Object(noFields, func(string) {}) }
+func (nothing) EncodeTo(*Encoder)     {}
+
+func TestCredentialsDescription(t *testing.T) {
+	x := parseIDL(t, CredentialsDescription)
+	methods := map[string]goMethod{
+		"Apply":    {MethodApply, func() any { return &ApplyParams{} }, func() any { return &ApplyResult{} }},
+		"List":     {MethodList, func() any { return &ListParams{} }, func() any { return &ListResult{} }},
+		"Remove":   {MethodRemove, func() any { return &RemoveParams{} }, func() any { return &RemoveResult{} }},
+		"Rollback": {MethodRollback, func() any { return &RollbackParams{} }, func() any { return &RollbackResult{} }},
+		"Refresh":  {MethodRefresh, func() any { return &RefreshParams{} }, func() any { return &RefreshResult{} }},
+		"Retry":    {MethodRetry, func() any { return &RetryParams{} }, func() any { return &ApplyResult{} }},
 	}
+	x.checkInterface(t, CredentialsInterface, methods, []func() any{
+		func() any { return &RefusedError{} }, func() any { return &GenerationMismatchError{} }, func() any { return &NoPreviousError{} },
+		func() any { return &GateInProgressError{} }, func() any { return &RolledBackError{} }, func() any { return &NothingRejectedError{} },
+		func() any { return &NoSystemdError{} },
+	})
+	// The nested types, each alone: one of a set, an entry and so on.
 	x.checkCodec(t, "Credential", x.types["Credential"], nest("set", "", methods["Apply"].in), false)
 	x.checkCodec(t, "Entry", x.types["Entry"], nest("entries", `"generation":1,"refusals":[],`, methods["List"].out), true)
 	x.checkCodec(t, "Refusal", x.types["Refusal"], nest("refusals", `"generation":1,"entries":[],`, methods["List"].out), true)
@@ -268,6 +287,53 @@ func TestCredentialsDescription(t *testing.T) {
 	x.checkCodec(t, "Refreshed", x.types["Refreshed"], nest("units", `"generation":1,`, methods["Refresh"].out), true)
 	x.checkCodec(t, "Consumer", x.types["Consumer"], func() any { return &nestedConsumer{} }, true)
 	x.checkCodec(t, "Progress", x.types["Progress"], func() any { return &nestedProgress{} }, true)
+}
+
+func TestHealthDescription(t *testing.T) {
+	x := parseIDL(t, HealthDescription)
+	x.checkInterface(t, HealthInterface, map[string]goMethod{
+		"Get":   {MethodHealthGet, func() any { return noParams{} }, func() any { return &GetResult{} }},
+		"Watch": {MethodHealthWatch, func() any { return &WatchParams{} }, func() any { return &WatchReply{} }},
+		"Ping":  {MethodHealthPing, func() any { return noParams{} }, func() any { return &PingResult{} }},
+	}, nil)
+	report := func() any { return &Report{} }
+	rest := `"version":"","bootId":"","machineId":"","generation":1,"entries":[],"refusals":[],`
+	x.checkCodec(t, "Report", x.types["Report"], report, true)
+	x.checkCodec(t, "Reason", x.types["Reason"], nest("reasons", rest, report), true)
+	x.checkCodec(t, "ProviderState", x.types["ProviderState"], func() any { return &nestedProvider{} }, true)
+}
+
+func TestProviderDescription(t *testing.T) {
+	x := parseIDL(t, ProviderDescription)
+	x.checkInterface(t, ProviderInterface, map[string]goMethod{
+		"Ring":   {MethodRing, func() any { return noParams{} }, func() any { return nothing{} }},
+		"Status": {MethodProviderStatus, func() any { return noParams{} }, func() any { return &ProviderStatus{} }},
+	}, []func() any{func() any { return &UnavailableError{} }})
+}
+
+// A type is the same in every description that has it: there is no way to share
+// one.
+func TestSharedTypes(t *testing.T) {
+	first := map[string][]idlField{}
+	for _, description := range []string{CredentialsDescription, HealthDescription, ProviderDescription} {
+		x := parseIDL(t, description)
+		for name, fields := range x.types {
+			if have, ok := first[name]; ok && !slices.Equal(have, fields) {
+				t.Errorf("type %s of %s = %v, want %v as elsewhere", name, x.name, fields, have)
+			}
+			first[name] = fields
+			for _, f := range fields {
+				if _, ok := x.types[f.typ]; !ok && !slices.Contains([]string{"string", "int", "bool"}, f.typ) {
+					t.Errorf("%s has no type %s, which %s.%s is", x.name, f.typ, name, f.name)
+				}
+			}
+		}
+	}
+}
+
+// nest makes a [nested] for checkCodec.
+func nest(key string, rest string, fresh func() any) func() any {
+	return func() any { return &nested{key: key, rest: rest, inner: fresh()} }
 }
 
 // nested is one object of a list in a document, taken for the document.
@@ -323,6 +389,12 @@ func (n *nestedProgress) EncodeTo(e *Encoder) {
 	all := strings.TrimPrefix(string(inner.buf), `"progress":`)
 	e.raw(all[1 : len(all)-1])
 }
+
+type nestedProvider struct{ provider *ProviderState }
+
+func (n *nestedProvider) DecodeFrom(d *Decoder) { n.provider = decodeProviderState(d) }
+
+func (n *nestedProvider) EncodeTo(e *Encoder) { encodeProviderState(e, n.provider) }
 
 // Our other descriptions have the methods and errors that the server has.
 func TestServiceDescriptions(t *testing.T) {

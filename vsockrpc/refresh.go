@@ -242,8 +242,8 @@ var (
 	noSystemdFields      = NewFields("problem").Open()
 )
 
-// decodeRefresh reads one of the words.
-func decodeRefresh(d *Decoder, words ...string) string {
+// decodeWord reads one of the words.
+func decodeWord(d *Decoder, words ...string) string {
 	s := d.String(maxNameLen)
 	if d.Err() == nil && !slices.Contains(words, s) {
 		d.Invalid("is not one of " + strings.Join(words, ", "))
@@ -254,12 +254,15 @@ func decodeRefresh(d *Decoder, words ...string) string {
 
 // decodeSetRefresh reads how the consumers of a set are refreshed.
 func decodeSetRefresh(d *Decoder) string {
-	return decodeRefresh(d, RefreshNone, RefreshAuto, RefreshReload, RefreshRestart)
+	return decodeWord(d, RefreshNone, RefreshAuto, RefreshReload, RefreshRestart)
 }
 
-func decodeGate(d *Decoder) time.Duration {
+func decodeGate(d *Decoder) time.Duration { return decodeSeconds(d, MinGate, MaxGate) }
+
+// decodeSeconds reads whole seconds.
+func decodeSeconds(d *Decoder, least, most time.Duration) time.Duration {
 	n := d.Int()
-	if low, high := int64(MinGate/time.Second), int64(MaxGate/time.Second); n < low || n > high {
+	if low, high := int64(least/time.Second), int64(most/time.Second); n < low || n > high {
 		d.Invalid(fmt.Sprintf("is not from %d to %d seconds", low, high))
 		return 0
 	}
@@ -297,7 +300,7 @@ func (p *RefreshParams) DecodeFrom(d *Decoder) {
 				d.failAt(at, "is empty")
 			}
 		case "refresh":
-			p.Refresh = decodeRefresh(d, RefreshAuto, RefreshReload, RefreshRestart)
+			p.Refresh = decodeWord(d, RefreshAuto, RefreshReload, RefreshRestart)
 		case "all":
 			p.All = d.Bool()
 		}

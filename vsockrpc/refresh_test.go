@@ -198,14 +198,14 @@ func FuzzParams(f *testing.F) {
 	for _, s := range []string{
 		`{}`, `{"names":["a"],"refresh":"auto","all":true}`, `{"refresh":"restart","gate":3600,"expectedGeneration":7}`,
 		`{"names":["a"],"expectedGeneration":7,"forget":true,"refresh":"none"}`, `{"expectedGeneration":0,"refresh":"reload"}`, `{"consumers":true}`,
-		`{"refresh":"none","gate":1}`, `{"names":[]}`,
+		`{"heartbeat":1}`, `{"heartbeat":3600}`, `{"heartbeat":0}`, `{"heartbeat":null}`, `{"refresh":"none","gate":1}`, `{"names":[]}`,
 	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		for _, fresh := range []func() any{
 			func() any { return &RefreshParams{} }, func() any { return &RetryParams{} }, func() any { return &RemoveParams{} },
-			func() any { return &RollbackParams{} }, func() any { return &ListParams{} },
+			func() any { return &RollbackParams{} }, func() any { return &ListParams{} }, func() any { return &WatchParams{} },
 		} {
 			v := fresh()
 			d := Decoder{buf: []byte(s)}

@@ -113,9 +113,11 @@ type Interface struct {
 //
 // ctx ends when the server is shut down by force, and in a call with more also
 // when the peer goes, or Shutdown begins: such a call may have no end of its
-// own. A handler whose work must not stop then does it without that ctx, and
-// passes over the errors of telling about it. One that has its ctx ended and
-// returns the context's error closes the connection without an answer.
+// own. A peer that has sent on more than its connection's buffer holds is missed
+// only when the handler writes. A handler whose work must not stop then does it
+// without that ctx, and passes over the errors of telling about it. One that has
+// its ctx ended and returns the context's error closes the connection without an
+// answer.
 type Handler func(ctx context.Context, call *Call) error
 
 // Limited is a listener with a limit of its own. Where the vsock listener has

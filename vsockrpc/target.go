@@ -12,6 +12,11 @@ import (
 // other than root of the guest can take its place.
 const DefaultPort = 1022
 
+// DefaultProviderPort is the host's vsock port that a guest rings at: see
+// [Provider]. It is below 1024, so that no other than root of the host can take
+// its place.
+const DefaultProviderPort = 1021
+
 // maxTargetLen bounds a target; a socket's path is much shorter.
 const maxTargetLen = 4096
 
@@ -25,7 +30,8 @@ const (
 	SchemeUnix  Scheme = "unix"      // a Unix socket of the agent
 )
 
-// ErrTarget is matched by the errors of [ParseTarget].
+// ErrTarget is matched by the errors of [ParseTarget] and
+// [ParseProviderAddress].
 var ErrTarget = errors.New("not a target")
 
 // A Target says where a server listens.
@@ -41,11 +47,34 @@ type Target struct {
 // leading zeros. What follows the last colon of a vsock-mux path is a port if
 // it is all digits; of a path that ends that way the port has to be written.
 func ParseTarget(s string) (Target, error) {
+	return parseTarget(s, DefaultPort, "vsock:CID[:PORT], vsock-mux:PATH[:PORT] or unix:PATH")
+}
+
+// ParseProviderAddress parses where a guest finds its provider: vsock:CID[:PORT],
+// whose port is 1021 if it is left out, or unix:PATH, which is for containers and
+// tests. What String makes of the target means the same here, since port 1022 is
+// refused: it is an agent's.
+func ParseProviderAddress(s string) (Target, error) {
+	if scheme, _, _ := strings.Cut(s, ":"); Scheme(scheme) == SchemeMux {
+		return Target{}, fmt.Errorf("%w: %s is how a host dials; a guest of such a VMM has plain vsock: want vsock:2", ErrTarget, SchemeMux)
+	}
+	t, err := parseTarget(s, DefaultProviderPort, "vsock:CID[:PORT] or unix:PATH")
+	if err == nil && t.Port == DefaultPort {
+		err = fmt.Errorf("%w: port %d is an agent's, and a provider's is %d", ErrTarget, DefaultPort, DefaultProviderPort)
+	}
+	if err != nil {
+		return Target{}, err
+	}
+	return t, nil
+}
+
+// parseTarget parses a target; want says in an error what it looks like.
+func parseTarget(s string, defaultPort uint32, want string) (Target, error) {
 	if len(s) > maxTargetLen {
 		return Target{}, fmt.Errorf("%w: longer than %d bytes", ErrTarget, maxTargetLen)
 	}
 	scheme, rest, _ := strings.Cut(s, ":")
-	t := Target{Scheme: Scheme(scheme), Port: DefaultPort}
+	t := Target{Scheme: Scheme(scheme), Port: defaultPort}
 	var err error
 	switch t.Scheme {
 	case SchemeVsock:
@@ -66,7 +95,7 @@ func ParseTarget(s string) (Target, error) {
 		t.Path, t.Port = rest, 0
 		err = checkPath(t.Path)
 	default:
-		err = fmt.Errorf("%w: want vsock:CID[:PORT], vsock-mux:PATH[:PORT] or unix:PATH", ErrTarget)
+		err = fmt.Errorf("%w: want %s", ErrTarget, want)
 	}
 	if err != nil {
 		return Target{}, err

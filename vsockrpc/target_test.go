@@ -65,3 +65,64 @@ func FuzzTarget(f *testing.F) {
 		}
 	})
 }
+
+func TestParseProviderAddress(t *testing.T) {
+	for s, want := range map[string]Target{
+		"vsock:2":           {SchemeVsock, 2, "", 1021},
+		"vsock:2:1021":      {SchemeVsock, 2, "", 1021},
+		"vsock:2:7":         {SchemeVsock, 2, "", 7},
+		"vsock:4294967294":  {SchemeVsock, 4294967294, "", 1021},
+		"unix:/run/p":       {SchemeUnix, 0, "/run/p", 0},
+		"unix:/run/p:1021":  {SchemeUnix, 0, "/run/p:1021", 0},
+		"unix:/vsock-mux:1": {SchemeUnix, 0, "/vsock-mux:1", 0},
+	} {
+		got, err := ParseProviderAddress(s)
+		if err != nil || got != want {
+			t.Errorf("ParseProviderAddress(%q) = %+v, %v, want %+v", s, got, err, want)
+		}
+	}
+	for s, want := range map[string]string{
+		"":                "want vsock:CID[:PORT] or unix:PATH",
+		"2":               "want vsock:CID[:PORT] or unix:PATH",
+		"tcp:1:2":         "want vsock:CID[:PORT] or unix:PATH",
+		"vsock:":          "the CID is no number",
+		"vsock:0":         "the CID is no number",
+		"vsock:2:":        "the port is no number",
+		"vsock:2:1022":    "port 1022 is an agent's",
+		"vsock-mux:/v":    "want vsock:2",
+		"vsock-mux:":      "want vsock:2",
+		"vsock-mux:/v:80": "want vsock:2",
+		"unix:":           "the path is empty",
+		"unix:" + strings.Repeat("x", maxTargetLen): "longer than 4096 bytes",
+	} {
+		got, err := ParseProviderAddress(s)
+		if !errors.Is(err, ErrTarget) || got != (Target{}) || !strings.Contains(err.Error(), want) {
+			t.Errorf("ParseProviderAddress(%.20q) = %+v, %v, want %q", s, got, err, want)
+		}
+	}
+}
+
+func FuzzProviderAddress(f *testing.F) {
+	for _, s := range []string{"vsock:2", "vsock:2:1021", "vsock:2:1022", "vsock-mux:/a:1", "unix:/a:1", "unix:@", "vsock:02"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := ParseProviderAddress(s)
+		if err != nil {
+			if got != (Target{}) || !errors.Is(err, ErrTarget) {
+				t.Errorf("ParseProviderAddress(%q) = %+v, %v", s, got, err)
+			}
+			return
+		}
+		// What String makes of it means the same in both places, so that a
+		// message may quote it.
+		for _, parse := range []func(string) (Target, error){ParseProviderAddress, ParseTarget} {
+			if again, err := parse(got.String()); err != nil || again != got {
+				t.Errorf("ParseProviderAddress(%q) = %+v, and of %q %+v, %v", s, got, got.String(), again, err)
+			}
+		}
+		if text := got.String(); got.Scheme == SchemeMux || text != s && text != s+":1021" {
+			t.Errorf("ParseProviderAddress(%q).String() = %q", s, text)
+		}
+	})
+}

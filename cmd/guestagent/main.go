@@ -1,7 +1,7 @@
 // Guestagent takes a virtual machine's credentials from its host into
 // systemd's credential store.
 //
-// Usage: guestagent [--root DIR] import | status | serve | check-config | version
+// Usage: guestagent [--root DIR] import | pull | serve | status | check-config | version
 package main
 
 import (
@@ -32,6 +32,10 @@ Commands:
       --pid1-credentials DIR
                  PID 1's credentials are in DIR/system and DIR/encrypted, and not
                  in /run/credentials, which a sandboxed service does not see
+  pull           ask the host's provider for the VM's credentials, and wait until they
+                 are in force
+      --pid1-credentials DIR
+                 as for import
   status         tell which credentials are there, and what was refused and why
       --json     print the report as JSON
   serve          answer the host on vsock port 1022, and root on the local socket;
@@ -99,6 +103,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			f.BoolVar(&dryRun, "dry-run", false, "")
 			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
 			f.BoolVar(&asJSON, "json", false, "")
+		case "pull":
+			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
 		case "serve":
 			f.DurationVar(&idle, "idle", agent.DefaultIdle, "")
 			f.StringVar(&a.PID1Credentials, "pid1-credentials", "", "")
@@ -128,6 +134,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return err
 		}
 		return write(stdout, report, asJSON)
+	case "pull":
+		return a.PullNotifying(ctx, newLog(stderr))
 	case "serve":
 		return a.ServeActivated(ctx, idle, newLog(stderr))
 	case "check-config":

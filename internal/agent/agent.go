@@ -35,6 +35,8 @@ const (
 	pathTDXGuest          = "sys/class/misc/tdx_guest"
 	hintImport            = "systemctl restart guestagent-import.service"
 	hintCheckConfig       = "guestagent check-config"
+	hintPull              = "systemctl restart guestagent-pull.service"
+	pathMachineID         = "etc/machine-id"
 )
 
 // An Agent is one guest. The zero value is the guest that this process runs in.

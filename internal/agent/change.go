@@ -360,8 +360,10 @@ func (c credentials) retry(ctx context.Context, call *vsockrpc.Call) error {
 			set.Trial = note
 			return tx.Apply(set)
 		},
-		done:  func() { wipe(set) },
-		reply: applyReply,
+		done: func() { wipe(set) },
+		reply: func(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
+			return applyReply(res, units, p)
+		},
 	})
 }
 

@@ -65,6 +65,18 @@ type Config struct {
 		// Compare tells what a consumer has by reading it, and not by the clock.
 		Compare bool
 	}
+	Provider struct {
+		// Address is where the host's provider listens, as
+		// [vsockrpc.ParseProviderAddress] takes it; "" to look elsewhere.
+		Address string
+		// Timeout is how long a boot waits for it.
+		Timeout time.Duration
+		// Required has guestagent-pull.service fail when time is up, and with it
+		// guestagent-credentials.target.
+		Required bool
+		// Fault is set where the address was not understood. Then nobody is asked.
+		Fault bool
+	}
 	Previous struct {
 		// TTL is how long the values that a set replaced are kept for rollback;
 		// 0 is until the next set.
@@ -84,6 +96,9 @@ type CredentialConfig struct {
 // DefaultNever are the units whose end would take somebody's session, or the
 // system, with it.
 var DefaultNever = []string{"systemd-*", "*getty@*", "user@*", "sshd*@*", "dbus*"}
+
+// DefaultProviderTimeout is how long a boot waits for the provider.
+const DefaultProviderTimeout = 30 * time.Second
 
 // maxSeconds bounds a time in the configuration, to a year.
 const maxSeconds = 366 * 24 * 60 * 60
@@ -159,6 +174,7 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 	cfg := Config{Credentials: map[string]CredentialConfig{}}
 	cfg.SMBIOS.Read, cfg.Peer.PrivilegedPort = ReadAuto, vsockrpc.PortRequired
 	cfg.Refresh.Never = DefaultNever
+	cfg.Provider.Timeout = DefaultProviderTimeout
 	if len(bytes.TrimSpace(b)) == 0 {
 		return cfg, nil
 	}
@@ -220,6 +236,13 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 				"ttl": func(key string) { p.seconds(key, &cfg.Previous.TTL) },
 			})
 		},
+		"provider": func(key string) {
+			p.object(key, map[string]func(string){
+				"address":  func(key string) { p.address(key, &cfg.Provider.Address) },
+				"required": func(key string) { p.bool(key, &cfg.Provider.Required) },
+				"timeout":  func(key string) { p.seconds(key, &cfg.Provider.Timeout) },
+			})
+		},
 		"refresh": func(key string) {
 			p.object(key, map[string]func(string){
 				"never": func(key string) { p.units(key, &cfg.Refresh.Never) },
@@ -242,6 +265,7 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 		// A section that stands twice, or in another case, may have been meant.
 		section, _, _ := strings.Cut(f.Key, ".")
 		cfg.Peer.Deny = cfg.Peer.Deny || strings.EqualFold(section, "peer")
+		cfg.Provider.Fault = cfg.Provider.Fault || strings.EqualFold(f.Key, "provider") || strings.EqualFold(f.Key, "provider.address")
 		cfg.Policy.Deny = cfg.Policy.Deny || strings.EqualFold(section, "policy")
 	}
 	return cfg, p.faults
@@ -318,6 +342,22 @@ func (p *configParser) bool(key string, to *bool) {
 		return
 	}
 	*to = b
+}
+
+// address reads a provider's address.
+func (p *configParser) address(key string, to *string) {
+	t := p.next()
+	s, ok := t.(string)
+	if !ok {
+		p.fault(key, "want a string, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	if _, err := vsockrpc.ParseProviderAddress(s); err != nil {
+		p.fault(key, "%v", err)
+		return
+	}
+	*to = s
 }
 
 // seconds reads a time in whole seconds.

@@ -33,7 +33,7 @@ func TestParseConfig(t *testing.T) {
 		{`{"smbios": "read"}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a string`}},
 		// Unknown keys cost nothing but themselves, whatever they hold.
 		{"{\n\"smbois\": {\"a\": [1, {\"b\": {}}, []]},\n\"smbios\": {\"Read\": \"never\", \"read\": \"always\"}}", ReadAlways, []string{
-			`line 2: key "smbois": unknown; known here: consumers, credentials, names, peer, policy, previous, refresh, smbios, socket`, `line 3: key "smbios.Read": unknown; known here: read`,
+			`line 2: key "smbois": unknown; known here: consumers, credentials, names, peer, policy, previous, provider, refresh, smbios, socket`, `line 3: key "smbios.Read": unknown; known here: read`,
 		}},
 		{"{\"smbios\": {\"read\": \"never\"},\n\"smbios\": {\"read\": \"always\"}}", ReadNever, []string{`line 2: key "smbios": stands twice; the first one holds`}},
 		{`{"smbios": {"read": "never", "read": "always"}}`, ReadNever, []string{`line 1: key "smbios.read": stands twice; the first one holds`}},
@@ -146,6 +146,29 @@ func TestParseConfigPolicyFault(t *testing.T) {
 		}
 		if err := cfg.mayLoad("web.service", "b"); (err != nil) != tt.deny {
 			t.Errorf("mayLoad with %q = %v", tt.in, err)
+		}
+	}
+}
+
+func TestParseConfigProvider(t *testing.T) {
+	for _, tt := range []struct {
+		in      string
+		address string
+		timeout time.Duration
+		faults  int
+	}{
+		{`{}`, "", DefaultProviderTimeout, 0},
+		{`{"provider": {"address": "vsock:2:1020", "timeout": 5, "required": true}}`, "vsock:2:1020", 5 * time.Second, 0},
+		{`{"provider": {"address": "tcp:host", "timeout": 5}}`, "", 5 * time.Second, 1},
+		{`{"provider": {"address": 7, "timeout": "5", "required": 1, "adress": ""}}`, "", DefaultProviderTimeout, 4},
+		{`{"provider": "vsock:2"}`, "", DefaultProviderTimeout, 1},
+	} {
+		cfg, faults := ParseConfig([]byte(tt.in))
+		if cfg.Provider.Address != tt.address || cfg.Provider.Timeout != tt.timeout || len(faults) != tt.faults {
+			t.Errorf("ParseConfig(%q) = %+v, %v, want %q, %s and %d faults", tt.in, cfg.Provider, faults, tt.address, tt.timeout, tt.faults)
+		}
+		if cfg.Provider.Fault != (tt.faults > 0) {
+			t.Errorf("ParseConfig(%q): the provider's fault = %v", tt.in, cfg.Provider.Fault)
 		}
 	}
 }

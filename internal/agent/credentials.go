@@ -29,6 +29,8 @@ type credentials struct {
 	work   *work
 	hand   *handout     // nil where there is no credentials socket
 	giving *atomic.Bool // memory is about to be given back
+	// changes are told of what becomes of the store.
+	changes *changes
 }
 
 // iface is io.guestagent.Credentials, ready to be served.
@@ -66,22 +68,41 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 		size += cred.Value.Len()
 	}
 	defer c.giveBack(size)
-	set := credstore.Set{Source: source(call.Peer), Remove: p.Remove, Forget: p.Forget}
+	set := credstore.Set{Source: source(call.Peer), Remove: p.Remove, Forget: p.Forget, Ephemeral: p.Ephemeral}
+	if p.Source == credential.SourceProvider {
+		set.Source = p.Source
+	}
 	for _, cred := range p.Set {
 		set.Install = append(set.Install, credstore.Credential{
-			Name: cred.Name, Revision: cred.Revision, Value: cred.Value, AllowShadowed: cred.AllowShadowed,
+			Name: cred.Name, Revision: cred.Revision, Value: cred.Value, AllowShadowed: cred.AllowShadowed, Rejected: cred.Rejected,
 		})
 	}
-	if refusals := c.denied(set); len(refusals) > 0 {
+	set, refusals := c.denied(set)
+	if len(refusals) > 0 && !p.Partial {
 		return &vsockrpc.RefusedError{Refusals: refusals}
 	}
+	denied := len(refusals)
 	apply := func(tx *credstore.Tx, do func(credstore.Set) (credstore.Result, error), note []byte) (credstore.Result, error) {
 		set := set
 		set.Trial = note
 		if p.Prune {
-			set.Remove = append(slices.Clone(set.Remove), pruned(tx, set, p.PrunePrefix)...)
+			set.Remove = append(slices.Clone(set.Remove), pruned(tx, set, refusals[:denied], p.PrunePrefix)...)
 		}
-		return do(set)
+		if p.Partial {
+			var more []credential.Refusal
+			set, more = tx.Check(set)
+			refusals = append(refusals[:denied:denied], more...)
+		}
+		res, err := do(set)
+		if err == nil && set.Source == credential.SourceProvider && !p.DryRun {
+			err = provided(tx, set, refusals)
+		}
+		return res, err
+	}
+	reply := func(res credstore.Result, units []vsockrpc.Refreshed, progress *vsockrpc.Progress) vsockrpc.Marshaler {
+		r := applyReply(res, units, progress)
+		r.Refusals = listed(refusals)
+		return r
 	}
 	if p.DryRun {
 		tx, err := c.a.store().View()
@@ -99,17 +120,17 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 		if err != nil {
 			return wireError(err)
 		}
-		return call.Reply(applyReply(res, nil, nil))
+		return call.Reply(reply(res, nil, nil))
 	}
 	return c.carryOut(ctx, call, change{
 		names: setNames(set), expected: p.ExpectedGeneration, mode: p.Refresh, gate: p.Gate,
 		apply: func(tx *credstore.Tx, note []byte) (credstore.Result, error) { return apply(tx, tx.Apply, note) },
 		done:  p.Wipe,
-		reply: applyReply,
+		reply: reply,
 	})
 }
 
-func applyReply(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) vsockrpc.Marshaler {
+func applyReply(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Progress) *vsockrpc.ApplyResult {
 	return &vsockrpc.ApplyResult{
 		Generation: generation(res.Generation), Installed: res.Installed, Relabelled: res.Relabelled, Removed: res.Removed, Unchanged: res.Unchanged,
 		Units: units, Progress: p,
@@ -173,15 +194,8 @@ func (c credentials) list(ctx context.Context, call *vsockrpc.Call) error {
 	if err != nil {
 		return err
 	}
-	res := vsockrpc.ListResult{Generation: generation(r.Generation), Refusals: r.Refusals}
-	for _, e := range r.Entries {
-		entry := vsockrpc.Entry{Name: e.Name, Revision: e.Revision, Size: e.Size, Source: e.Source, State: string(e.State), Path: e.Path}
-		if e.InstalledAt != nil {
-			entry.InstalledAt = e.InstalledAt.Format(time.RFC3339Nano)
-		}
-		res.Entries = append(res.Entries, entry)
-	}
-	if err := c.trials(&res); err != nil {
+	res := vsockrpc.ListResult{Generation: generation(r.Generation), Entries: wireEntries(r.Entries), Refusals: r.Refusals}
+	if res.Gate, res.Rejected, err = c.a.trials(); err != nil {
 		return err
 	}
 	if p.Consumers {
@@ -198,47 +212,55 @@ func (c credentials) list(ctx context.Context, call *vsockrpc.Call) error {
 	return call.Reply(&res)
 }
 
-// trials adds what is on trial, and what was rejected.
-func (c credentials) trials(res *vsockrpc.ListResult) error {
-	tx, err := c.a.store().View()
+// trials returns the generation that is on trial, nil if none is, and what was
+// rejected.
+func (a *Agent) trials() (gate *int64, rejected []vsockrpc.Rejected, err error) {
+	tx, err := a.store().View()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	defer tx.Close()
 	if tx.Trial() != nil {
 		g := generation(tx.Generation())
-		res.Gate = &g
+		gate = &g
 	}
 	if r, ok := tx.Rejected(); ok {
-		res.Rejected = []vsockrpc.Rejected{{
+		rejected = []vsockrpc.Rejected{{
 			Generation: generation(r.Generation), At: r.At.Format(time.RFC3339Nano), Names: r.Names, Problem: r.Problem,
 		}}
 	}
-	return nil
+	return gate, rejected, nil
 }
 
-// denied refuses the names that systemd itself acts on, to everybody but root
-// in the guest.
-func (c credentials) denied(set credstore.Set) []credential.Refusal {
+// denied takes the names out of the set that systemd itself acts on, and refuses
+// them to everybody but root in the guest.
+func (c credentials) denied(set credstore.Set) (credstore.Set, []credential.Refusal) {
 	if set.Source == credential.SourceLocal {
-		return nil
+		return set, nil
 	}
+	var allowed []credstore.Credential
 	var refusals []credential.Refusal
 	for _, cred := range set.Install {
-		if nameDenied(cred.Name, c.cfg.Names.Allow) {
+		if !nameDenied(cred.Name, c.cfg.Names.Allow) {
+			allowed = append(allowed, cred)
+		} else {
 			refusals = append(refusals, credential.Refusal{
 				Name: cred.Name, Source: set.Source, Reason: credential.ReasonDenied,
 				Detail: "systemd itself acts on this name; where the host may set it, put it into names.allow of the guest's configuration",
 			})
 		}
 	}
-	return refusals
+	set.Install = allowed
+	return set, refusals
 }
 
 // pruned are the names of the set's source that begin with prefix and that the
-// set does not have.
-func pruned(tx *credstore.Tx, set credstore.Set, prefix string) []string {
+// set does not have, nor would have had but for a refusal.
+func pruned(tx *credstore.Tx, set credstore.Set, refusals []credential.Refusal, prefix string) []string {
 	keep := map[string]bool{}
+	for _, r := range refusals {
+		keep[r.Name] = true
+	}
 	for _, cred := range set.Install {
 		keep[cred.Name] = true
 	}
@@ -247,7 +269,8 @@ func pruned(tx *credstore.Tx, set credstore.Set, prefix string) []string {
 	}
 	var names []string
 	for _, e := range tx.Entries() {
-		if e.Source == set.Source && strings.HasPrefix(e.Name, prefix) && !keep[e.Name] {
+		own := e.Source == set.Source || e.Ephemeral && set.Source == credential.SourceProvider
+		if own && strings.HasPrefix(e.Name, prefix) && !keep[e.Name] {
 			names = append(names, e.Name)
 		}
 	}
@@ -261,17 +284,22 @@ func expect(tx *credstore.Tx, expected *int64) error {
 	return nil
 }
 
+// listed are as many refusals as one answer lists.
+func listed(refusals []credential.Refusal) []credential.Refusal {
+	more := len(refusals) - maxRefusals
+	if more <= 0 {
+		return refusals
+	}
+	return append(refusals[:maxRefusals:maxRefusals], credential.Refusal{
+		Source: refusals[0].Source, Reason: credential.ReasonMore, Detail: fmt.Sprintf("%d more refusals are not listed", more),
+	})
+}
+
 // wireError gives the store's errors the wire's names. What it does not know
 // stays, and becomes an internal error there.
 func wireError(err error) error {
 	if refused, ok := errors.AsType[*credstore.RefusedError](err); ok {
-		refusals := refused.Refusals
-		if more := len(refusals) - maxRefusals; more > 0 {
-			refusals = append(refusals[:maxRefusals:maxRefusals], credential.Refusal{
-				Source: refusals[0].Source, Reason: credential.ReasonMore, Detail: fmt.Sprintf("%d more refusals are not listed", more),
-			})
-		}
-		return &vsockrpc.RefusedError{Refusals: refusals}
+		return &vsockrpc.RefusedError{Refusals: listed(refused.Refusals)}
 	}
 	if errors.Is(err, credstore.ErrNoPrevious) {
 		return &vsockrpc.NoPreviousError{}

@@ -92,6 +92,9 @@ func (a *Agent) Status() (*Report, error) {
 	if tx.Interrupted() {
 		r.reason(CodeInterrupted, hintImport, "a program was killed while it applied a set; whoever writes to the store next finishes it")
 	}
+	if err := r.addProvider(tx); err != nil {
+		return nil, err
+	}
 	a.complete(tx, r)
 	return r, nil
 }
@@ -126,15 +129,11 @@ func (a *Agent) readSMBIOS(ctx context.Context, cfg Config, r *Report) ([]smbios
 		return nil, nil
 	case ReadAlways:
 	default:
-		ask := a.confidential
-		if ask == nil {
-			ask = a.askConfidential
-		}
-		kind, err := ask(ctx)
+		kind, err := a.askKind(ctx)
 		if err != nil {
 			// Fail closed: an attacker's host may be what keeps us from knowing.
 			r.reason(CodeConfidential, hintImport, "cannot tell whether this is a confidential VM, so that SMBIOS was not read: %v; set smbios.read to %q where the host is trusted", err, ReadAlways)
-			return nil, fmt.Errorf("asking for the kind of virtualization: %w", err)
+			return nil, err
 		}
 		if kind != "" {
 			r.reason(CodeConfidential, "", "this is a confidential VM (%s), whose host is not trusted: SMBIOS was not read; set smbios.read to %q to read it all the same", kind, ReadAlways)
@@ -161,6 +160,19 @@ func (a *Agent) readSMBIOS(ctx context.Context, cfg Config, r *Report) ([]smbios
 	creds, refusals := smbios.Credentials(table)
 	r.Refusals = append(r.Refusals, refusals...)
 	return creds, nil
+}
+
+// askKind returns the kind of confidential VM that this is, "" where it is none.
+func (a *Agent) askKind(ctx context.Context) (string, error) {
+	ask := a.confidential
+	if ask == nil {
+		ask = a.askConfidential
+	}
+	kind, err := ask(ctx)
+	if err != nil {
+		return "", fmt.Errorf("asking for the kind of virtualization: %w", err)
+	}
+	return kind, nil
 }
 
 // judge decides what becomes of each credential. Systemd's family belongs to
@@ -279,7 +291,7 @@ func (a *Agent) complete(tx *credstore.Tx, r *Report) {
 	r.Generation = tx.Generation()
 	for _, e := range tx.Entries() {
 		r.Entries = append(r.Entries, Entry{
-			Name: e.Name, Revision: e.Revision, Size: e.Size, Source: e.Source, InstalledAt: &e.InstalledAt, State: e.State, Path: e.Path,
+			Name: e.Name, Revision: e.Revision, Size: e.Size, Source: e.Source, InstalledAt: &e.InstalledAt, State: e.State, Path: e.Path, Ephemeral: e.Ephemeral,
 		})
 	}
 	dir := a.path(pathStore)
@@ -321,7 +333,7 @@ func (r *Report) foresee(dir string, set credstore.Set) {
 }
 
 var weights = []ReasonCode{
-	CodeSMBIOSUnreadable, CodeInterrupted, CodeStoreSwappable, CodeConfigFault, CodeSMBIOSDamaged, CodeConfidential, CodeSMBIOSOff, CodeNoSMBIOS, CodeNotImported,
+	CodeSMBIOSUnreadable, CodeProviderUnreachable, CodeRejectedInForce, CodeInterrupted, CodeStoreSwappable, CodeConfigFault, CodeSMBIOSDamaged, CodeConfidential, CodeSMBIOSOff, CodeNoSMBIOS, CodeNotImported,
 }
 
 // weight orders reasons; an unknown code, from a later version's report, comes last.

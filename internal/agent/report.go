@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/guestagent/guestagent/credstore"
 	"github.com/guestagent/guestagent/internal/credential"
+	"github.com/guestagent/guestagent/vsockrpc"
 )
 
 // A Report says what arrived in the guest and what was refused. It never
@@ -27,6 +29,8 @@ type Report struct {
 	Refusals []credential.Refusal `json:"refusals"`
 	// Reasons are what else somebody should know, the weightiest first.
 	Reasons []Reason `json:"reasons"`
+	// Provider is nil in the report of an import.
+	Provider *vsockrpc.ProviderState `json:"provider,omitempty"`
 }
 
 // SMBIOS says what was read.
@@ -46,6 +50,8 @@ type Entry struct {
 	InstalledAt *time.Time        `json:"installedAt,omitempty"` // nil for PID 1's
 	State       credstore.State   `json:"state"`
 	Path        string            `json:"path"` // where systemd finds it
+	// Ephemeral is a value over the provider's, until that applies its set again.
+	Ephemeral bool `json:"ephemeral,omitempty"`
 }
 
 // StateMismatch is the state of a credential that PID 1 took, but not as the
@@ -65,14 +71,18 @@ type ReasonCode string
 // The codes there are, the weightiest first.
 const (
 	CodeSMBIOSUnreadable ReasonCode = "smbiosUnreadable" // there is a table, and it cannot be read
-	CodeInterrupted      ReasonCode = "interrupted"      // a set is half in force
-	CodeStoreSwappable   ReasonCode = "storeSwappable"   // credentials may reach a disk
-	CodeConfigFault      ReasonCode = "configFault"      // part of the configuration does not apply
-	CodeSMBIOSDamaged    ReasonCode = "smbiosDamaged"    // the table is not sound; what could be read was
-	CodeConfidential     ReasonCode = "confidential"     // SMBIOS was not read, since the host is not trusted
-	CodeSMBIOSOff        ReasonCode = "smbiosOff"        // SMBIOS was not read, since the configuration says so
-	CodeNoSMBIOS         ReasonCode = "noSmbios"         // the VM has none
-	CodeNotImported      ReasonCode = "notImported"      // no import has run since the guest booted
+	// The provider has not handed over its set, and time is up.
+	CodeProviderUnreachable ReasonCode = "providerUnreachable"
+	// Values are in force that a gate rolled back before the guest booted.
+	CodeRejectedInForce ReasonCode = "rejectedInForce"
+	CodeInterrupted     ReasonCode = "interrupted"    // a set is half in force
+	CodeStoreSwappable  ReasonCode = "storeSwappable" // credentials may reach a disk
+	CodeConfigFault     ReasonCode = "configFault"    // part of the configuration does not apply
+	CodeSMBIOSDamaged   ReasonCode = "smbiosDamaged"  // the table is not sound; what could be read was
+	CodeConfidential    ReasonCode = "confidential"   // SMBIOS was not read, since the host is not trusted
+	CodeSMBIOSOff       ReasonCode = "smbiosOff"      // SMBIOS was not read, since the configuration says so
+	CodeNoSMBIOS        ReasonCode = "noSmbios"       // the VM has none
+	CodeNotImported     ReasonCode = "notImported"    // no import has run since the guest booted
 )
 
 func (r *Report) reason(code ReasonCode, hint, format string, a ...any) {
@@ -94,7 +104,11 @@ func (r *Report) WriteText(w io.Writer, warn string) error {
 			if revision == "" {
 				revision = "-"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\n", e.Name, revision, e.Size, e.Source, e.State, e.Path)
+			source := string(e.Source)
+			if e.Ephemeral {
+				source += " (ephemeral)"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\n", e.Name, revision, e.Size, source, e.State, e.Path)
 		}
 		if err := t.Flush(); err != nil {
 			return err
@@ -109,6 +123,9 @@ func (r *Report) WriteText(w io.Writer, warn string) error {
 			fmt.Fprintf(&b, " (next: %s)", n.Hint)
 		}
 		b.WriteByte('\n')
+	}
+	if p := r.Provider; p != nil && p.State != vsockrpc.ProviderNone {
+		fmt.Fprintf(&b, "provider %s: %s since %s\n", cmp.Or(p.Address, "(calls by itself)"), p.State, p.Since)
 	}
 	good := 0
 	for _, e := range r.Entries {

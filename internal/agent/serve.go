@@ -78,7 +78,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	busy := &activity{}
 	workCtx, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWork()
-	c := credentials{a: a, cfg: cfg, log: s.Log, work: &work{ctx: workCtx, busy: busy}, giving: new(atomic.Bool)}
+	c := credentials{a: a, cfg: cfg, log: s.Log, work: &work{ctx: workCtx, busy: busy}, giving: new(atomic.Bool), changes: &changes{}}
 	var loading sync.WaitGroup
 	stopLoading := func() {}
 	if s.Credentials != nil || len(s.Restored) > 0 {
@@ -102,7 +102,7 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 
 	server := &vsockrpc.Server{
 		Vendor: "guestagent", Product: "guestagent", Version: a.Version, URL: "https://github.com/guestagent/guestagent",
-		Interfaces:    []vsockrpc.Interface{c.iface()},
+		Interfaces:    []vsockrpc.Interface{c.iface(), health{a: a, log: s.Log, changes: c.changes}.iface()},
 		Authorize:     authorize(vsockrpc.Policy{PrivilegedPort: cfg.Peer.PrivilegedPort}),
 		AuthorizeCall: authorizeCall(cfg),
 		Log:           s.Log,
@@ -180,7 +180,8 @@ func authorize(policy vsockrpc.Policy) func(vsockrpc.Peer) error {
 // is at fault keeps the host to reading.
 func authorizeCall(cfg Config) func(context.Context, vsockrpc.Peer, string) error {
 	return func(_ context.Context, peer vsockrpc.Peer, method string) error {
-		if !cfg.Peer.Deny || peer.Local() || method == vsockrpc.MethodList || strings.HasPrefix(method, "org.varlink.service.") {
+		if !cfg.Peer.Deny || peer.Local() || method == vsockrpc.MethodList ||
+			strings.HasPrefix(method, vsockrpc.HealthInterface+".") || strings.HasPrefix(method, "org.varlink.service.") {
 			return nil
 		}
 		return fmt.Errorf("%w: peer in the configuration is at fault; guestagent check-config tells where", vsockrpc.ErrRefused)

@@ -285,12 +285,12 @@ func TestDeniedNames(t *testing.T) {
 		"network.dns": false, "ssh.authorized_keys.root": false, "api-key": false, "tmpfiles": false,
 	} {
 		set := credstore.Set{Source: credential.SourcePush, Install: []credstore.Credential{{Name: name}}}
-		refusals := credentials{a: g.a, cfg: cfg}.denied(set)
+		_, refusals := credentials{a: g.a, cfg: cfg}.denied(set)
 		if (len(refusals) > 0) != want {
 			t.Errorf("denied(%q) = %v, want %v", name, refusals, want)
 		}
 		set.Source = credential.SourceLocal
-		if refusals := (credentials{a: g.a, cfg: cfg}).denied(set); len(refusals) > 0 {
+		if _, refusals := (credentials{a: g.a, cfg: cfg}).denied(set); len(refusals) > 0 {
 			t.Errorf("denied(%q) to root in the guest: %v", name, refusals)
 		}
 	}

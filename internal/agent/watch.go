@@ -16,11 +16,13 @@ const dropPause = time.Second
 func (c credentials) watchStore() {
 	changed := make(chan struct{}, 1)
 	changed <- struct{}{} // look at what is there
-	c.work.wg.Go(func() {
-		if err := inotify(c.work.ctx, c.a.path(pathStore), changed); err != nil && c.work.ctx.Err() == nil {
-			c.log.Error("watching the store failed; units that wait learn of what the host pushes only", slog.String("error", err.Error()))
-		}
-	})
+	for _, dir := range c.a.store().Folders() {
+		c.work.wg.Go(func() {
+			if err := inotify(c.work.ctx, dir, changed); err != nil && c.work.ctx.Err() == nil {
+				c.log.Error("watching the store failed; units that wait learn of what the host pushes only", slog.String("error", err.Error()))
+			}
+		})
+	}
 	c.work.wg.Go(func() {
 		var release func()
 		for {
@@ -36,6 +38,7 @@ func (c credentials) watchStore() {
 			}
 			select {
 			case <-changed:
+				c.changes.tell()
 				if c.hand != nil {
 					c.hand.server.Retry()
 				}

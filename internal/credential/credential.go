@@ -92,6 +92,7 @@ const (
 	ReasonDisabled    Reason = "disabled"    // systemd.import_credentials=no
 	ReasonDenied      Reason = "denied"      // systemd itself acts on the name
 	ReasonRejected    Reason = "rejected"    // a gate rolled this value back
+	ReasonManaged     Reason = "managed"     // the provider on the host manages the name
 	ReasonMore        Reason = "more"        // there were more refusals than are listed
 )
 

@@ -42,11 +42,13 @@ install: build ## install the binary and the units below DESTDIR
 	install -D -m 0755 bin/guestagent '$(DESTDIR)$(PREFIX)/bin/guestagent'
 	for unit in systemd/*.*; do \
 	  sed 's|/usr/bin/guestagent|$(PREFIX)/bin/guestagent|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
-	install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/guestagent' systemd/optional/compare.conf
+	install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/guestagent' systemd/optional/*.conf
 
 .PHONY: install-guestctl
-install-guestctl: build ## install guestctl, its man pages and completions below DESTDIR
+install-guestctl: build ## install guestctl, its unit, man pages and completions below DESTDIR
 	install -D -m 0755 bin/guestctl '$(DESTDIR)$(PREFIX)/bin/guestctl'
+	for unit in systemd/host/*.*; do \
+	  sed 's|/usr/bin/guestctl|$(PREFIX)/bin/guestctl|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
 	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges' '$(DESTDIR)$(PREFIX)/share/man/man1'
 	for name in vsock vsock-mux; do ln -sf ../../../bin/guestctl '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges'/"$$name"; done
 	$(GUESTCTL) man '$(DESTDIR)$(PREFIX)/share/man/man1'

@@ -30,6 +30,13 @@ let
   seconds = types.ints.between 0 (366 * 24 * 60 * 60);
 
   configFile = json.generate "guestagent-config.json" (withoutUnset cfg.settings);
+
+  # A drop-in that the package has and that is not for everybody.
+  dropIn =
+    unit: name:
+    pkgs.linkFarm "guestagent-${name}" {
+      "lib/systemd/system/${unit}.d/${name}.conf" = "${cfg.package}/share/guestagent/${name}.conf";
+    };
 in
 {
   options.services.guestagent = {
@@ -40,6 +47,16 @@ in
       default = pkgs.callPackage ./package.nix { };
       defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
       description = "The package with the agent and its units.";
+    };
+
+    provider.holdBoot = lib.mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether every ordinary service starts after `guestagent-credentials.target`: once the host has handed over the
+        credentials, or the time for that (`settings.provider.timeout`) is up. By default only those services do that say
+        so themselves.
+      '';
     };
 
     settings = {
@@ -129,6 +146,29 @@ in
         '';
       };
 
+      provider = {
+        address = key {
+          type = types.str;
+          example = "vsock:2:1020";
+          description = ''
+            Where the host's provider listens, `vsock:CID[:PORT]`. By default the host says so at boot, or nobody is
+            asked.
+          '';
+        };
+        required = key {
+          type = types.bool;
+          description = ''
+            Whether `guestagent-credentials.target` fails when the provider has not handed over the credentials in time.
+            By default it is reached then all the same, and the provider is asked again later.
+          '';
+        };
+        timeout = key {
+          type = seconds;
+          example = 120;
+          description = "How many seconds `guestagent-credentials.target` waits for the provider. By default 30.";
+        };
+      };
+
       refresh.never = key {
         type = types.listOf types.str;
         example = [ "postgresql.service" ];
@@ -172,15 +212,18 @@ in
       cfg.package
     ]
     ++ lib.optional (cfg.settings.consumers.compare != null && cfg.settings.consumers.compare) (
-      pkgs.linkFarm "guestagent-compare" {
-        "lib/systemd/system/guestagent.service.d/compare.conf" =
-          "${cfg.package}/share/guestagent/compare.conf";
-      }
-    );
+      dropIn "guestagent.service" "compare"
+    )
+    ++ lib.optional cfg.provider.holdBoot (dropIn "guestagent-credentials.target" "hold-boot");
     systemd.services.guestagent-import.wantedBy = [ "sysinit.target" ];
     systemd.sockets.guestagent.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-local.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-credentials.wantedBy = [ "sockets.target" ];
+    systemd.targets.guestagent-credentials.wantedBy = [ "multi-user.target" ];
+
+    # guestagent-credentials.target requires it: with a restart of it, every unit that requires the target would be
+    # restarted too, and wait for the host.
+    systemd.services.guestagent-pull.restartIfChanged = false;
 
     systemd.services.guestagent = {
       # By default a switch stops a changed service, and stops and starts the socket of the same name

@@ -41,10 +41,10 @@ buildGoModule (finalAttrs: {
 
   # The units of systemd/ as they are, but for the one path that NixOS does not have.
   postInstall = ''
-    install -D -m 444 -t "$out/lib/systemd/system" systemd/*.mount systemd/*.service systemd/*.socket
+    install -D -m 444 -t "$out/lib/systemd/system" systemd/*.mount systemd/*.service systemd/*.socket systemd/*.target
     substituteInPlace "$out"/lib/systemd/system/*.service \
       --replace-fail /usr/bin/guestagent "$out/bin/guestagent"
-    install -D -m 444 -t "$out/share/guestagent" systemd/optional/compare.conf
+    install -D -m 444 -t "$out/share/guestagent" systemd/optional/*.conf
   '';
 
   meta = {

@@ -47,6 +47,14 @@ let
     settings:
     builtins.fromJSON (onWith settings).environment.etc."guestagent/config.json".source.text;
   compare = value: onWith { consumers.compare = value; };
+  holdBoot =
+    value:
+    systemWith {
+      services.guestagent = {
+        enable = true;
+        provider.holdBoot = value;
+      };
+    };
   # Every key that the agent knows, none with its default.
   everySetting = {
     consumers.compare = true;
@@ -59,6 +67,11 @@ let
     peer.privilegedPort = "ignored";
     policy.load."db-*" = [ "web.service" ];
     previous.ttl = 3600;
+    provider = {
+      address = "vsock:2:1020";
+      required = true;
+      timeout = 120;
+    };
     refresh.never = [ "postgresql.service" ];
     smbios.read = "never";
     socket.wait = 300;
@@ -87,6 +100,7 @@ in
       lib.attrNames on.systemd.services == [
         "guestagent"
         "guestagent-import"
+        "guestagent-pull"
       ]
       && lib.all (s: s.serviceConfig == { } && s.overrideStrategy == "asDropinIfExists") (
         lib.attrValues on.systemd.services
@@ -98,6 +112,9 @@ in
         "guestagent-local"
       ]
       && lib.all (s: s.socketConfig == { } && s.listenStreams == [ ]) (lib.attrValues on.systemd.sockets);
+    "module: it adds to the target" =
+      lib.attrNames on.systemd.targets == [ "guestagent-credentials" ]
+      && lib.all (t: t.unitConfig == { } && t.targetConfig == { }) (lib.attrValues on.systemd.targets);
     "module: the program is in the path" =
       map (p: p.pname) on.environment.systemPackages == [ "guestagent" ];
     "module: another package can be given" =
@@ -122,6 +139,8 @@ in
       on.systemd.services.guestagent.restartTriggers == [
         on.environment.etc."guestagent/config.json".source
       ];
+    "module: a switch leaves a pull and who requires it alone" =
+      !on.systemd.services.guestagent-pull.restartIfChanged;
     "module: what nobody sets is not in the configuration file" = configWith { } == { };
     "module: the configuration file with every setting" = configWith everySetting == everySetting;
     "module: an empty list is a setting" =
@@ -138,6 +157,12 @@ in
         "guestagent-compare"
       ]
       && map (p: p.pname) (compare false).systemd.packages == [ "guestagent" ];
+    "module: the drop-in of provider.holdBoot with it alone" =
+      map (p: p.pname) (holdBoot true).systemd.packages == [
+        "guestagent"
+        "guestagent-hold-boot"
+      ]
+      && map (p: p.pname) (holdBoot false).systemd.packages == [ "guestagent" ];
     "module: every option is described" =
       let
         undescribed =
@@ -250,11 +275,19 @@ in
         // lib.mapAttrs' (name: lib.nameValuePair "${name}.") (removeAttrs everySetting [ "credentials" ])
       )
     );
-    # FILE TARGET, for each link that consumers.compare brings. A TARGET is relative to the package.
-    compareLinks = lib.concatStringsSep "\n" (
-      lib.mapAttrsToList (file: target: "${file} ${lib.removePrefix "${package}/" target}") (
-        lib.elemAt (compare true).systemd.packages 1
-      ).entries
+    # FILE TARGET, for each link that consumers.compare and provider.holdBoot bring. A TARGET is relative to the package.
+    dropInLinks = lib.concatStringsSep "\n" (
+      lib.concatMap
+        (
+          system:
+          lib.mapAttrsToList (file: target: "${file} ${lib.removePrefix "${package}/" target}") (
+            lib.elemAt system.systemd.packages 1
+          ).entries
+        )
+        [
+          (compare true)
+          (holdBoot true)
+        ]
     );
     # What NixOS would write to each unit's overrides.conf, but for the restart triggers.
     overrides = on.systemd.unitText;

@@ -92,17 +92,21 @@ func TestDebContents(t *testing.T) {
 		{first.agent, []string{
 			"-rwxr-xr-x /usr/bin/guestagent",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-credentials.socket",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-credentials.target",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-import.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-local.socket",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-pull.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/run-credstore.mount",
 			"-rw-r--r-- /usr/share/doc/guestagent/changelog.gz",
 			"-rw-r--r-- /usr/share/doc/guestagent/copyright",
 			"-rw-r--r-- /usr/share/guestagent/compare.conf",
+			"-rw-r--r-- /usr/share/guestagent/hold-boot.conf",
 		}},
 		{first.ctl, []string{
 			"-rwxr-xr-x /usr/bin/guestctl",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-provide@.service",
 			"-rw-r--r-- /usr/share/bash-completion/completions/guestctl",
 			"-rw-r--r-- /usr/share/doc/guestctl/changelog.gz",
 			"-rw-r--r-- /usr/share/doc/guestctl/copyright",
@@ -185,7 +189,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		}
 		return dpkg(t, "--install", paths...)
 	}
-	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-import.service"}
+	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-import.service", "guestagent-credentials.target"}
 	// states are what systemctl says of the units, whatever its exit status.
 	states := func(t *testing.T, verb string) []string {
 		t.Helper()
@@ -201,8 +205,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("install", func(t *testing.T) {
 		install(t, dev.agent, dev.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active"})
 		s := readStatus(t, m)
 		wantLines(t, "entries", s.entries(), entries[:1])
 		wantLines(t, "reasons", s.codes(), nil)
@@ -216,6 +220,11 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		for _, bridge := range []string{"vsock", "vsock-mux"} {
 			if got := vmtest.Run(t, m, "readlink", "-e", "/usr/lib/systemd/varlink-bridges/"+bridge); got != "/usr/bin/guestctl\n" {
 				t.Errorf("the bridge %s is %q", bridge, got)
+			}
+		}
+		for line := range strings.Lines(string(vmtest.Exec(t, m, vm.Command{Argv: []string{"systemd-analyze", "verify", "--man=no", "guestagent-provide@.service"}}).Stderr)) {
+			if strings.Contains(line, "guestagent-provide") {
+				t.Errorf("systemd-analyze verify says: %s", line)
 			}
 		}
 		noneFailed(t)
@@ -241,9 +250,13 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("upgrade", func(t *testing.T) {
 		vmtest.Run(t, m, "systemctl", "disable", "guestagent-import.service")
+		pull := []string{"guestagent-pull.service", "guestagent-credentials.target"}
+		before := showAll(t, m, "InvocationID", pull...)
 		install(t, release.agent, release.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "disabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "disabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active"})
+		// With a restart of it everything would be restarted that requires guestagent-credentials.target.
+		wantLines(t, "InvocationID of a pull and its target", showAll(t, m, "InvocationID", pull...), before)
 		s := readStatus(t, m)
 		wantLines(t, "entries", s.entries(), entries)
 		if s.Version != "0.1.0" || s.Generation != 2 {
@@ -258,7 +271,10 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("remove", func(t *testing.T) {
 		dpkg(t, "--remove", "guestagent")
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive", "inactive"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive", "inactive", "inactive"})
+		if got := show(t, m, "guestagent-pull.service", "ActiveState"); got != "inactive" {
+			t.Errorf("guestagent-pull.service is %s", got)
+		}
 		if got := vmtest.Run(t, m, "find", "/usr/bin", "/usr/lib/systemd", "/etc/systemd", "-name", "guestagent*"); got != "" {
 			t.Errorf("left behind:\n%s", got)
 		}
@@ -281,8 +297,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		if out := install(t, release.agent); !strings.Contains(out, "without vsock in the kernel") {
 			t.Errorf("dpkg --install says nothing of vsock: %s", out)
 		}
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active", "active", "active"})
 		wantLines(t, "entries", readStatus(t, m).entries(), entries)
 		if got := vmtest.Run(t, m, "dpkg-query", "--show", "--showformat=${Status}", "guestagent"); got != "install ok installed" {
 			t.Errorf("guestagent is %q", got)

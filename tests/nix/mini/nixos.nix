@@ -61,6 +61,7 @@ let
     + install c;
   socket = _: c: "[Unit]\n${section (deps c // c.unitConfig)}\n[Socket]\n${section c.socketConfig}"
     + concatStringsSep "" (map (s: "ListenStream=${s}\n") c.listenStreams) + concatStringsSep "" (map (s: "ListenDatagram=${s}\n") c.listenDatagrams) + install c;
+  target = _: c: "[Unit]\n${section (deps c // c.unitConfig)}" + install c;
   base = { config, ... }: {
     options = {
       assertions = mkOption { type = types.listOf types.unspecified; default = [ ]; }; warnings = strs; lib = any { }; meta = any { };
@@ -78,7 +79,8 @@ let
       };
     };
     config.systemd.unitText = lib.mapAttrs' (n: c: lib.nameValuePair "${n}.service" (service n c)) config.systemd.services
-      // lib.mapAttrs' (n: c: lib.nameValuePair "${n}.socket" (socket n c)) config.systemd.sockets;
+      // lib.mapAttrs' (n: c: lib.nameValuePair "${n}.socket" (socket n c)) config.systemd.sockets
+      // lib.mapAttrs' (n: c: lib.nameValuePair "${n}.target" (target n c)) config.systemd.targets;
   };
   r = lib.evalModules { modules = [ base ] ++ modules; specialArgs = { inherit pkgs; modulesPath = "/nixpkgs/nixos/modules"; }; };
   failed = map (a: a.message) (lib.filter (a: !a.assertion) r.config.assertions);

@@ -85,7 +85,7 @@ back by its gate; over several guests the highest.`,
 	f.StringArrayVar(&p.vms, "vms", nil, "look VMs up in `DIR`; may be repeated (default "+strings.Join(host.DefaultRegistry().Dirs, ", ")+")")
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(p.help())
-	root.AddCommand(p.push(), p.rm(), p.list(), p.refresh(), p.rollback(), p.retry(), p.versionCommand(), p.completion(), p.man(), p.bridge())
+	root.AddCommand(p.push(), p.rm(), p.list(), p.refresh(), p.rollback(), p.retry(), p.versionCommand(), p.completion(), p.man(), p.bridge(), p.bootArgs(), p.execVMM(), p.provide())
 	_ = root.MarkPersistentFlagDirname("vms")
 	return root
 }
@@ -257,6 +257,7 @@ until it changes, or guestctl retry.`,
 	f.BoolVar(&allowShadowed, "allow-shadowed", false, "push names although systemd finds another file first")
 	f.BoolVar(&params.DryRun, "dry-run", false, "change nothing, say what would come of it")
 	f.BoolVar(&params.Forget, "forget", false, "keep no previous values for rollback")
+	f.BoolVar(&params.Ephemeral, "ephemeral", false, "push names, too, that the VM's provider manages, until that applies its set again")
 	expectedFlag(f)
 	refresh.add(cmd, setRefreshes)
 	refresh.addGate(cmd)

@@ -388,7 +388,11 @@ var writeEntries = writer{
 					state += " (" + show(e.Path) + ")"
 				}
 			}
-			rows = append(rows, []string{show(e.Name), show(e.Revision), strconv.FormatInt(e.Size, 10), show(string(e.Source)), state, at, usedBy(r, e, terminal)})
+			source := show(string(e.Source))
+			if e.Ephemeral {
+				source += " (ephemeral)"
+			}
+			rows = append(rows, []string{show(e.Name), show(e.Revision), strconv.FormatInt(e.Size, 10), source, state, at, usedBy(r, e, terminal)})
 		}
 		return rows
 	},

@@ -53,7 +53,7 @@ type Result struct {
 	Removed    []string             `json:"removed,omitzero"`
 	Unchanged  []string             `json:"unchanged,omitzero"`
 	Entries    []vsockrpc.Entry     `json:"entries,omitzero"`
-	Refusals   []credential.Refusal `json:"refusals,omitzero"` // of the last import
+	Refusals   []credential.Refusal `json:"refusals,omitzero"` // of the set, or in a list of what booted
 
 	// Units are there with an Error too: CodeRolledBack and CodeRefreshFailed.
 	Units            []vsockrpc.Refreshed `json:"units,omitzero"`
@@ -87,6 +87,7 @@ func (r *Result) applied(a *vsockrpc.ApplyResult, err error) error {
 	if err == nil {
 		r.Generation, r.Units = &a.Generation, a.Units
 		r.Installed, r.Relabelled, r.Removed, r.Unchanged = a.Installed, a.Relabelled, a.Removed, a.Unchanged
+		r.Refusals = a.Refusals
 	}
 	return err
 }

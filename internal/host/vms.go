@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -23,10 +24,30 @@ type Guest struct {
 	Name string
 	// Target is how it is reached.
 	Target vsockrpc.Target
+	// Provider is the host's end that the guest can call.
+	Provider ProviderAddress
+}
+
+// DefaultProviderPort is the vsock port of the host that a guest calls its
+// provider at.
+const DefaultProviderPort = 1021
+
+// A ProviderAddress says where the provider of one guest listens on the host.
+type ProviderAddress struct {
+	// Port is what the guest dials on CID 2. Over AF_VSOCK the VMs of a host
+	// share its ports, so that each needs one of its own.
+	Port uint32
+	// Socket is the provider's own Unix socket, for its status, or "" for a
+	// guest that has no name.
+	Socket string
 }
 
 // A Registry is where the VMs of this host are named: a file NAME.json each,
-// with {"target": "vsock:3"}. Of two files with one name the first folder's counts.
+// with {"target": "vsock:3"} or, where its provider listens elsewhere,
+//
+//	{"target": "vsock:3", "provider": {"port": 1020, "socket": "/run/web.sock"}}
+//
+// Of two files with one name the first folder's counts.
 type Registry struct {
 	Dirs []string
 }
@@ -41,6 +62,15 @@ const maxVMFile = 64 << 10
 
 // maxVMName is the longest name of a VM, in bytes: with ".json" it is a file's.
 const maxVMName = 250
+
+// providerDir is where the providers' own sockets are by default.
+const providerDir = "/run/guestagent/provide/"
+
+// privilegedPorts are those below it: the kernel keeps them for root.
+const privilegedPorts = 1024
+
+// maxSocketPath is the longest path of a Unix socket, in bytes.
+const maxSocketPath = 107
 
 // ErrUnknownVM is matched where a name is neither a target nor a VM's.
 var ErrUnknownVM = errors.New("no such VM")
@@ -122,7 +152,11 @@ func readVM(file, name string) (Guest, error) {
 // parseVM parses what stands in a VM's file.
 func parseVM(b []byte, name string) (Guest, error) {
 	var doc struct {
-		Target string `json:"target"`
+		Target   string `json:"target"`
+		Provider struct {
+			Port   *uint32 `json:"port"`
+			Socket *string `json:"socket"`
+		} `json:"provider"`
 	}
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
@@ -133,13 +167,48 @@ func parseVM(b []byte, name string) (Guest, error) {
 		}
 	}
 	if err != nil {
-		return Guest{}, fmt.Errorf("%w; it should be like {\"target\": \"vsock:3\"}", err)
+		return Guest{}, fmt.Errorf("%w; it should be like {\"target\": \"vsock:3\"}, or {\"target\": \"vsock:3\", \"provider\": {\"port\": 1020, \"socket\": \"/run/web.sock\"}}", err)
 	}
 	t, err := vsockrpc.ParseTarget(doc.Target)
 	if err != nil {
 		return Guest{}, err
 	}
-	return Guest{Name: name, Target: t}, nil
+	g := Guest{Name: name, Target: t, Provider: ProviderAddress{Port: DefaultProviderPort, Socket: providerDir + name + ".sock"}}
+	if p := doc.Provider.Port; p != nil {
+		if err := checkProviderPort(*p, t.Scheme); err != nil {
+			return Guest{}, err
+		}
+		g.Provider.Port = *p
+	}
+	if p := doc.Provider.Socket; p != nil {
+		if err := checkProviderSocket(*p); err != nil {
+			return Guest{}, err
+		}
+		g.Provider.Socket = *p
+	}
+	return g, nil
+}
+
+func checkProviderPort(port uint32, scheme vsockrpc.Scheme) error {
+	switch {
+	case port == 0 || port == math.MaxUint32:
+		return fmt.Errorf("the provider's port %d is no number from 1 to %d", port, uint32(math.MaxUint32-1))
+	case scheme == vsockrpc.SchemeUnix:
+		return errors.New("the provider's port is for a guest that has vsock, and over unix:PATH none can call; leave it out")
+	case scheme == vsockrpc.SchemeVsock && port >= privilegedPorts:
+		return fmt.Errorf("the provider's port %d is not below %d: any user of this host could listen there in its place; choose one that no other VM's provider has", port, privilegedPorts)
+	}
+	return nil
+}
+
+func checkProviderSocket(path string) error {
+	switch {
+	case !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" || strings.IndexByte(path, 0) >= 0:
+		return errors.New("the provider's socket is no absolute path of a file, without \"..\" and the like")
+	case len(path) > maxSocketPath:
+		return fmt.Errorf("the path of the provider's socket has %d bytes, and nobody can connect to one of more than %d; choose a shorter one", len(path), maxSocketPath)
+	}
+	return nil
 }
 
 // All returns all VMs, or an error if one is not understood: whoever means all
@@ -174,7 +243,7 @@ func (r Registry) Resolve(list string) ([]Guest, error) {
 			if err != nil {
 				return nil, fmt.Errorf("%w: %w, or the name of a VM", ErrTargets, err)
 			}
-			add(Guest{Name: word, Target: t})
+			add(Guest{Name: word, Target: t, Provider: ProviderAddress{Port: DefaultProviderPort}})
 			continue
 		}
 		const meta = `*?[]^\`

@@ -114,11 +114,57 @@ func TestResolve(t *testing.T) {
 	}
 }
 
+func TestProviderOfVM(t *testing.T) {
+	long := "/" + strings.Repeat("a", maxSocketPath)
+	for in, want := range map[string]ProviderAddress{
+		`{"target": "vsock:3"}`:                                                         {1021, "/run/guestagent/provide/web.sock"},
+		`{"target": "unix:/a", "provider": {}}`:                                         {1021, "/run/guestagent/provide/web.sock"},
+		`{"target": "vsock:3", "provider": {"port": 1023}}`:                             {1023, "/run/guestagent/provide/web.sock"},
+		`{"target": "vsock-mux:/a", "provider": {"port": 4294967294, "socket": "/b"}}`:  {4294967294, "/b"},
+		`{"target": "unix:/a", "provider": {"socket": "` + long[:maxSocketPath] + `"}}`: {1021, long[:maxSocketPath]},
+	} {
+		g, err := parseVM([]byte(in), "web")
+		if err != nil || g.Provider != want {
+			t.Errorf("parseVM(%q) = %v, %v, want %v", in, g.Provider, err, want)
+		}
+	}
+	for in, want := range map[string]string{
+		`{"target": "vsock:3", "provider": {"port": 1024}}`:             "not below 1024",
+		`{"target": "vsock:3", "provider": {"port": 0}}`:                "from 1 to",
+		`{"target": "vsock-mux:/a", "provider": {"port": 4294967295}}`:  "from 1 to",
+		`{"target": "vsock-mux:/a", "provider": {"port": 4294967296}}`:  "should be like",
+		`{"target": "vsock:3", "provider": {"port": 1021.5}}`:           "should be like",
+		`{"target": "vsock:3", "provider": {"port": "1021"}}`:           "should be like",
+		`{"target": "unix:/a", "provider": {"port": 1021}}`:             "leave it out",
+		`{"target": "vsock:3", "provider": {"socket": ""}}`:             "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "a.sock"}}`:       "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "/"}}`:            "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "/a/../b"}}`:      "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "/a/"}}`:          "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "/a\u0000"}}`:     "absolute",
+		`{"target": "vsock:3", "provider": {"socket": "` + long + `"}}`: "shorter",
+		`{"target": "vsock:3", "provider": {"cid": 3}}`:                 "should be like",
+		`{"target": "vsock:3", "provider": "1021"}`:                     "should be like",
+		`{"target": "vsock:3", "cid": 3, "socket": "/a"}`:               "should be like",
+	} {
+		if g, err := parseVM([]byte(in), "web"); err == nil || g != (Guest{}) || !strings.Contains(err.Error(), want) {
+			t.Errorf("parseVM(%q) = %v, %v, want an error with %q", in, g, err, want)
+		}
+	}
+
+	guests, err := Registry{}.Resolve("vsock:9")
+	if err != nil || guests[0].Provider != (ProviderAddress{Port: DefaultProviderPort}) {
+		t.Errorf("Resolve(vsock:9) = %v, %v, want a provider at port %d without a socket", guests, err, DefaultProviderPort)
+	}
+}
+
 func FuzzParseVM(f *testing.F) {
 	f.Add(`{"target": "vsock:3"}`)
 	f.Add(`{"target": "vsock-mux:/run/vm.sock:1022"}`)
 	f.Add(`{"target": "unix:/run/vm.sock", "x": 1}`)
 	f.Add(`{"target": "vsock:3"} {`)
+	f.Add(`{"target": "vsock:3", "provider": {"port": 1021, "socket": "/run/web.sock"}}`)
+	f.Add(`{"target": "vsock-mux:/a", "provider": {"port": 4294967294}}`)
 	f.Fuzz(func(t *testing.T, in string) {
 		g, err := parseVM([]byte(in), "vm")
 		if err != nil {
@@ -130,6 +176,9 @@ func FuzzParseVM(f *testing.F) {
 		again, err := vsockrpc.ParseTarget(g.Target.String())
 		if err != nil || again != g.Target {
 			t.Errorf("parseVM(%q) = %v, which parses as %v, %v", in, g.Target, again, err)
+		}
+		if p := g.Provider; p.Port == 0 || g.Target.Scheme == vsockrpc.SchemeVsock && p.Port >= privilegedPorts || !filepath.IsAbs(p.Socket) {
+			t.Errorf("parseVM(%q) has the provider %v", in, p)
 		}
 	})
 }

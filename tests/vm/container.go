@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/guestagent/guestagent/tests/vm/internal/wire"
@@ -23,9 +26,14 @@ const (
 	treeDir = "container"
 )
 
-// ContainerConfig says what to boot in a container. Only Image is needed. The fields mean what they do in [Config].
+// ContainerConfig says what to boot in a container. Only Image is needed. The fields mean what they do in [Config], less
+// those here that say more.
 type ContainerConfig struct {
-	Image       *Image
+	Image *Image
+	// Binds are folders and files of the host that the container sees too, from its start on, and may write to. The keys
+	// are absolute paths in the container, the values those on the host, where they have to be. A socket in such a folder
+	// can be connected to from both sides, whenever it was made, and the next container with the same bind has it too.
+	Binds       map[string]string
 	Overlay     []File
 	Artifacts   string
 	Console     io.Writer
@@ -123,7 +131,11 @@ func (m *Machine) contain(ctx context.Context, cfg ContainerConfig) error {
 		return err
 	}
 	defer func() { _ = l.Close() }()
-	p := newProcess(supervisor, m.dir, tree)
+	binds, err := bindArgs(cfg.Binds)
+	if err != nil {
+		return err
+	}
+	p := newProcess(supervisor, append([]string{m.dir, tree}, binds...)...)
 	p.stderr = newTail(tailBytes)
 	p.cmd.Stdout, p.cmd.Stderr = console, p.stderr
 	if p.leash, err = p.cmd.StdinPipe(); err != nil {
@@ -132,12 +144,46 @@ func (m *Machine) contain(ctx context.Context, cfg ContainerConfig) error {
 	if err := p.start(); err != nil {
 		return err
 	}
-	m.process = p
-	if err := m.await(ctx, l, cfg.WaitFor); err != nil {
+	m.process, m.wait = p, cfg.WaitFor
+	m.follow()
+	if err := m.await(ctx, l); err != nil {
 		return err
 	}
 	m.BootTime = time.Since(start)
 	return nil
+}
+
+// bindArgs returns the supervisor's arguments for binds.
+func bindArgs(binds map[string]string) ([]string, error) {
+	var args []string
+	for _, inside := range slices.Sorted(maps.Keys(binds)) {
+		outside := binds[inside]
+		for _, path := range []string{outside, inside} {
+			if !filepath.IsAbs(path) {
+				return nil, fmt.Errorf("binding %s to %s: %s is not absolute", outside, inside, path)
+			}
+		}
+		if _, err := os.Stat(outside); err != nil {
+			return nil, fmt.Errorf("binding to %s: %w", inside, err)
+		}
+		args = append(args, outside, inside)
+	}
+	return args, nil
+}
+
+// HostPath returns where the host finds a path of a running container, a socket to connect to above all. It holds until
+// the container's end, and leads out of the container where a part of path is an absolute symbolic link. A virtual
+// machine's files are out of reach: the error then matches errors.ErrUnsupported.
+func (m *Machine) HostPath(path string) (string, error) {
+	if m.Accel != accelContainer {
+		return "", fmt.Errorf("looking for %s: %w in a virtual machine", path, errors.ErrUnsupported)
+	}
+	// The guest program sees what PID 1 sees, and lives as long as the channel.
+	pid, err := peerPID(m.guest().conn)
+	if err != nil {
+		return "", fmt.Errorf("looking for %s: %w", path, err)
+	}
+	return filepath.Join("/proc", strconv.Itoa(pid), "root", path), nil
 }
 
 // unpacked returns the folder with the image's root, which it unpacks first where that has not been done. Nobody writes

@@ -3,8 +3,12 @@ package vm_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -12,6 +16,7 @@ import (
 
 	"github.com/guestagent/guestagent/tests/vm"
 	"github.com/guestagent/guestagent/tests/vm/vmtest"
+	"github.com/guestagent/guestagent/vsockrpc"
 )
 
 // show returns one property of a unit in the guest.
@@ -201,5 +206,64 @@ func TestContainerErrors(t *testing.T) {
 				t.Errorf("left in TMPDIR are %v, %v, want nothing", left, err)
 			}
 		})
+	}
+}
+
+// TestContainerBinds talks between host and container in both directions, over Unix sockets.
+func TestContainerBinds(t *testing.T) {
+	img := vmtest.ContainerImage(t)
+	dir := filepath.Join(t.TempDir(), `a:b \c`)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cfg := vm.ContainerConfig{Image: img, Overlay: install(t), Binds: map[string]string{"/run/host": dir}, Artifacts: vmtest.Artifacts(t)}
+	for _, start := range []string{"first", "second"} {
+		m := vmtest.StartContainer(t, cfg)
+
+		// This one is made after the start. systemd is the client.
+		var lc net.ListenConfig
+		l, err := lc.Listen(t.Context(), "unix", filepath.Join(dir, "sock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		served := make(chan error, 1)
+		go func() {
+			conn, err := l.Accept()
+			if err == nil {
+				_, err = io.WriteString(conn, start)
+				err = errors.Join(err, conn.Close())
+			}
+			served <- err
+		}()
+		got := vmtest.Run(t, m, "systemd-run", "--quiet", "--wait", "--pipe", "--property=LoadCredential=x:/run/host/sock", "sh", "-c", "cat $CREDENTIALS_DIRECTORY/x")
+		if err := errors.Join(<-served, l.Close()); err != nil || got != start {
+			t.Errorf("%s: the container got %q, %v, want %q", start, got, err, start)
+		}
+
+		socket, err := m.HostPath("/run/guestagent/varlink.sock")
+		if err != nil {
+			t.Fatal(err)
+		}
+		target, err := vsockrpc.ParseTarget("unix:" + socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := vsockrpc.Dial(t.Context(), target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := (vsockrpc.Credentials{Client: c}).List(t.Context()); err != nil {
+			t.Errorf("%s: List from the host: %v", start, err)
+		}
+		_ = c.Close()
+		if err := m.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, binds := range []map[string]string{{"/run/host": filepath.Join(dir, "none")}, {"run/host": dir}, {"/run/host": "."}} {
+		cfg.Binds, cfg.Artifacts = binds, t.TempDir()
+		if m, err := vm.StartContainer(t.Context(), cfg); err == nil {
+			t.Error(errors.Join(fmt.Errorf("it started with the binds %v", binds), m.Close()))
+		}
 	}
 }

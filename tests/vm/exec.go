@@ -90,7 +90,7 @@ func (m *Machine) WriteFile(ctx context.Context, path string, mode fs.FileMode, 
 
 // request asks the guest program, and explains a machine that is gone.
 func (m *Machine) request(ctx context.Context, msg *wire.Message) (*wire.Message, error) {
-	answer, err := m.channel.do(ctx, msg)
+	answer, err := m.guest().do(ctx, msg)
 	if errors.Is(err, ErrStopped) {
 		return nil, m.stoppedError()
 	}

@@ -43,7 +43,8 @@ var guestUnit []byte
 type WaitFor int
 
 const (
-	// UntilReady waits until systemd has finished the boot: see [Machine.WaitReady].
+	// UntilReady waits until systemd has finished the boot, see [Machine.WaitReady], and udev has loaded the driver of a
+	// vsock device.
 	UntilReady WaitFor = iota
 	// UntilGuest waits only until programs can be run. That is early in the boot, and works too where the boot
 	// hangs later.
@@ -113,6 +114,7 @@ type Machine struct {
 	dir       string
 	artifacts string
 	timeout   time.Duration
+	wait      WaitFor
 	console   *tail
 	files     []io.Closer
 	commands  *commandLog
@@ -120,8 +122,15 @@ type Machine struct {
 	process *process
 	qemu    *qemu
 	vsock   *vsock
-	channel *channel
 	wg      sync.WaitGroup
+
+	// controlMu is held while QEMU is told something, and guards vsock.end once the machine has been started.
+	controlMu sync.Mutex
+	paused    bool
+
+	mu sync.Mutex
+	// channel is that of the last boot, or nil before there is one.
+	channel *channel
 }
 
 // Boot starts a machine and waits as Config.WaitFor says. The context ends the waiting, not the machine: the caller
@@ -298,8 +307,9 @@ func (m *Machine) arguments(cfg *Config, accel, socket string) []string {
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-device", "virtio-rng-pci",
 		"-device", "virtio-serial-pci",
-		"-chardev", "socket,id=vmguest,path=" + comma(socket),
-		"-device", "virtserialport,chardev=vmguest,name=" + wire.PortName,
+		"-chardev", "socket,id=" + channelID + ",path=" + comma(socket),
+		"-device", "virtserialport,chardev=" + channelID + ",name=" + wire.PortName,
+		"-qmp", "unix:" + comma(m.controlSocket()) + ",server=on,wait=off",
 		"-kernel", cfg.Image.Kernel, "-initrd", m.initrd(),
 		"-append", strings.Join(append(kernel, cfg.CommandLine...), " "),
 	}
@@ -344,8 +354,9 @@ func (m *Machine) start(ctx context.Context, cfg *Config, accel string) error {
 	if m.qemu, err = startQEMU(args, cfg.Console); err != nil {
 		return err
 	}
-	m.process, m.Accel = m.qemu.process, accel
-	if err := m.await(ctx, l, cfg.WaitFor); err != nil {
+	m.process, m.Accel, m.wait = m.qemu.process, accel, cfg.WaitFor
+	m.follow()
+	if err := m.await(ctx, l); err != nil {
 		return err
 	}
 	m.BootTime = time.Since(start)
@@ -365,36 +376,61 @@ func listen(ctx context.Context, socket string) (net.Listener, error) {
 	return l, nil
 }
 
-// await waits for the guest program of a machine that has been started, and then as told.
-func (m *Machine) await(ctx context.Context, l net.Listener, wait WaitFor) error {
+// follow ends what the machine leaves behind when it ends by itself. It is called once the machine has been started.
+func (m *Machine) follow() {
+	m.wg.Go(func() {
+		<-m.process.done
+		m.controlMu.Lock()
+		defer m.controlMu.Unlock()
+		m.vsock.stop()
+	})
+}
+
+// await waits for the guest program of a machine that has been started, and then as m.wait says.
+func (m *Machine) await(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
 	m.wg.Go(func() {
 		<-m.process.done
 		_ = l.Close()
-		m.vsock.stop()
 	})
 	conn, err := l.Accept()
 	if err != nil {
 		return m.bootError(ctx)
 	}
-	m.channel = newChannel(conn)
+	c := newChannel(conn)
+	m.mu.Lock()
+	m.channel = c
+	m.mu.Unlock()
 	select {
-	case <-m.channel.hello:
-	case <-m.channel.done:
+	case <-c.hello:
+	case <-c.done:
 		return m.bootError(ctx)
 	case <-ctx.Done():
 		return m.bootError(ctx)
 	}
-	if wait == UntilReady {
+	if m.wait == UntilReady {
 		if _, err := m.WaitReady(ctx); err != nil {
 			if errors.Is(err, ErrStopped) || ctx.Err() != nil {
 				return m.bootError(ctx)
 			}
 			return m.withConsole(err)
 		}
+		if m.vsock != nil {
+			// systemd does not wait for udev to load the driver. A guest without udev has loaded it by itself, or has none.
+			if _, err := m.Run(ctx, "udevadm", "settle"); err != nil {
+				return m.bootError(ctx)
+			}
+		}
 	}
 	return nil
+}
+
+// guest returns the channel of the last boot, or nil.
+func (m *Machine) guest() *channel {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.channel
 }
 
 // bootError says why there is no guest.
@@ -418,8 +454,8 @@ func (m *Machine) stoppedError() error {
 	case <-time.After(killGrace):
 	}
 	reason := "the channel was closed"
-	if m.channel != nil && m.channel.reason() != nil {
-		reason = m.channel.reason().Error()
+	if c := m.guest(); c != nil && c.reason() != nil {
+		reason = c.reason().Error()
 	}
 	return m.withConsole(fmt.Errorf("%w: %s", ErrStopped, reason))
 }
@@ -538,9 +574,11 @@ func (m *Machine) stop() error {
 	if m.process != nil {
 		err = m.process.end()
 	}
+	m.controlMu.Lock() // what is under way fails now
 	m.vsock.stop()
-	if m.channel != nil {
-		m.channel.close()
+	m.controlMu.Unlock()
+	if c := m.guest(); c != nil {
+		c.close()
 	}
 	m.wg.Wait()
 	return err

@@ -30,6 +30,16 @@ func newProcess(program string, args ...string) *process {
 	return &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
 }
 
+// StartHost starts a program on the host. The kernel kills it when this process ends, also where that has no chance to.
+// done is closed when the program has ended and cmd.ProcessState is set; the caller calls no method of cmd.
+func StartHost(cmd *exec.Cmd) (done <-chan struct{}, err error) {
+	p := &process{cmd: cmd, done: make(chan struct{})}
+	if err := p.start(); err != nil {
+		return nil, err
+	}
+	return p.done, nil
+}
+
 // start starts the process. The caller waits for done.
 func (p *process) start() error {
 	if p.leash == nil {

@@ -20,6 +20,12 @@ const (
 	vsockPoll  = 20 * time.Millisecond
 	// maxVsockPath leaves room for the underscore and the digits of a port in a socket's address of 107 bytes.
 	maxVsockPath = 96
+	// vsockID is QEMU's name of the device, and of the character device behind it.
+	vsockID     = "vsock"
+	vsockBus    = "vsock-port"
+	vsockDriver = "vhost-user-vsock-pci"
+	// vsockBound is there in a guest whose driver has the device.
+	vsockBound = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*"
 	// maxVsockReply bounds the line "OK NUMBER".
 	maxVsockReply = 32
 )
@@ -33,7 +39,9 @@ const (
 //
 // Version 0.3.0 wants "CONNECT PORT" in one write and nothing behind it before its answer: half a line ends the connection,
 // what follows the line is lost, and a client that connects and leaves without a line makes it spin for ever. A half-close
-// ends both directions, and loses data. When the guest dials a port that nobody on the host listens on, nothing answers:
+// ends both directions, and loses data. A client that leaves after its line and before the answer, as one does that has
+// waited long enough for a guest that hangs, makes it panic: all connections then hang, old and new ones, until
+// [Machine.RestartVsock]. When the guest dials a port that nobody on the host listens on, nothing answers:
 // the guest's connect ends after 2 s with ETIMEDOUT.
 //
 // A host with /dev/vhost-vsock can have that instead: ExtraArgs with -device vhost-vsock-pci,guest-cid=CID, and a CID
@@ -42,7 +50,8 @@ type VsockConfig struct {
 	// CID is the guest's; 0 is 3. Guests with the same one do not disturb each other.
 	CID uint32
 	// Path is the Unix socket, of at most 96 bytes. Empty means one in the machine's own folder. To listen before the
-	// guest boots, give a path in a folder of yours; nothing may be there, and the end of the machine removes it.
+	// guest boots, give a path in a folder of yours; nothing may be there, and the end of the machine removes it. The sockets of
+	// [ListenVsock] beside it stay, so that the next machine with the same Path finds them.
 	Path string
 	// Program is vhost-device-vsock. Empty means that Boot calls [VhostDeviceVsock].
 	Program string
@@ -159,9 +168,55 @@ func (v *vsock) arguments(memory int) []string {
 	return []string{
 		"-object", fmt.Sprintf("memory-backend-memfd,id=memory,size=%dM,share=on", memory),
 		"-machine", "memory-backend=memory",
-		"-chardev", "socket,id=vsock,path=" + comma(v.control),
-		"-device", "vhost-user-vsock-pci,chardev=vsock",
+		"-chardev", "socket,id=" + vsockID + ",path=" + comma(v.control),
+		// Where a device can be taken out and put in.
+		"-device", "pcie-root-port,id=" + vsockBus,
+		"-device", vsockDriver + ",id=" + vsockID + ",bus=" + vsockBus + ",chardev=" + vsockID,
 	}
+}
+
+// RestartVsock takes the vsock device out of the running guest, starts vhost-device-vsock anew on the same paths, and puts
+// a new device in, with that CID; 0 keeps the old one. It returns when the guest has it. For the guest that is what a
+// snapshot's restore does: all connections end, who listens on any CID goes on. In between a dial in the guest fails with
+// ENODEV, and on the host nobody listens on [Machine.VsockPath]. The kernel has to be up, since it lets the device go.
+//
+// A new program behind the same device is no use: QEMU 7.2 does not set it up, also not at a reset of the guest, which then
+// has no vsock, and with reconnect=1 it does not even start (seen).
+func (m *Machine) RestartVsock(ctx context.Context, cid uint32) error {
+	return m.withQMP(ctx, "restarting vsock", func(q *qmp) error {
+		if m.vsock == nil {
+			return errors.New("the machine has no vsock device; boot it with Config.Vsock")
+		}
+		if cid != 0 {
+			m.vsock.cfg.CID = cid
+		}
+		if err := q.do("device_del", map[string]any{"id": vsockID}); err != nil {
+			return err
+		}
+		if err := m.vsock.replace(ctx, q); err != nil {
+			return err
+		}
+		_, err := m.Run(ctx, "sh", "-c", "until test -e "+vsockBound+"; do sleep 0.1; done")
+		return err
+	})
+}
+
+// replace waits until the device has gone, and puts in a new one.
+func (v *vsock) replace(ctx context.Context, q *qmp) error {
+	if err := q.await("DEVICE_DELETED", vsockID); err != nil {
+		return err
+	}
+	if err := q.do("chardev-remove", map[string]any{"id": vsockID}); err != nil {
+		return err
+	}
+	v.stop()
+	if err := v.start(ctx); err != nil {
+		return err
+	}
+	if err := q.do("chardev-add", map[string]any{"id": vsockID, "backend": socketBackend(v.control)}); err != nil {
+		return err
+	}
+	return q.do("device_add", map[string]any{"driver": vsockDriver, "id": vsockID, "bus": vsockBus, "chardev": vsockID})
 }
 
 // start starts the program and waits until QEMU can connect to it.

@@ -94,6 +94,11 @@ func TestVsock(t *testing.T) {
 		t.Run("guest to host", func(t *testing.T) { testGuestToHost(t, m, listener) })
 		t.Run("privilege", func(t *testing.T) { testVsockPrivilege(t, m) })
 		t.Run("loopback", func(t *testing.T) { testVsockLoopback(t, m) })
+		t.Run("pause", func(t *testing.T) { testPause(t, m) })
+		t.Run("restart", func(t *testing.T) { testRestartVsock(t, m) })
+		if release.Name == vmtest.Releases(t)[0].Name { // it takes its time, and is about the harness
+			t.Run("reset", func(t *testing.T) { testReset(t, m, listener) })
+		}
 		t.Run("end", func(t *testing.T) {
 			conn, r, _, _ := dialVsock(t, m)
 			if err := m.Shutdown(t.Context()); err != nil {
@@ -108,6 +113,9 @@ func TestVsock(t *testing.T) {
 			}
 			if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("Lstat of the socket after the end = %v, want %v", err, fs.ErrNotExist)
+			}
+			if _, err := os.Lstat(fmt.Sprintf("%s_%d", path, hostPort)); err != nil {
+				t.Errorf("Lstat of the host's own socket after the end = %v, want it there", err)
 			}
 		})
 	})
@@ -217,6 +225,94 @@ func testVsockLoopback(t *testing.T, m *vm.Machine) {
 			}
 		}
 	}
+}
+
+// testPause has a connection that the guest's pause does not end, and one that is made meanwhile.
+func testPause(t *testing.T, m *vm.Machine) {
+	conn, r, _, _ := dialVsock(t, m)
+	if err := m.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.RestartVsock(t.Context(), 0); err == nil {
+		t.Error("RestartVsock of a paused machine worked")
+	}
+	if _, err := io.WriteString(conn, "to a paused guest\n"); err != nil {
+		t.Error(err)
+	}
+	dialled := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), vsockTimeout)
+		defer cancel()
+		other, err := vm.DialVsock(ctx, m.VsockPath(), guestPort)
+		if err == nil {
+			err = other.Close()
+		}
+		dialled <- err
+	}()
+	if err := m.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := r.ReadString('\n'); err != nil || line != "to a paused guest\n" {
+		t.Errorf("echo after the pause = %q, %v", line, err)
+	}
+	if err := <-dialled; err != nil {
+		t.Errorf("dialling a paused guest: %v", err)
+	}
+}
+
+// wantEnd returns a function that waits for the end of a connection, however that comes about.
+func wantEnd(t *testing.T, conn net.Conn) func() {
+	t.Helper()
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = io.Copy(io.Discard, conn)
+	}()
+	return func() {
+		t.Helper()
+		select {
+		case <-ended:
+		case <-time.After(vsockTimeout):
+			t.Error("the connection does not end")
+		}
+	}
+}
+
+func testRestartVsock(t *testing.T, m *vm.Machine) {
+	conn, _, _, _ := dialVsock(t, m)
+	ended := wantEnd(t, conn)
+	pid := show(t, m, "vsockpeer.service", "MainPID")
+	if err := m.RestartVsock(t.Context(), 43); err != nil {
+		t.Fatal(err)
+	}
+	ended()
+	if got := vmtest.Run(t, m, vsockPeer, "cid"); got != "43\n" {
+		t.Errorf("CID of the guest = %q, want 43", got)
+	}
+	// Who listened goes on.
+	dialVsock(t, m)
+	if got := show(t, m, "vsockpeer.service", "MainPID"); got != pid {
+		t.Errorf("vsockpeer is process %s, want %s as before", got, pid)
+	}
+}
+
+func testReset(t *testing.T, m *vm.Machine, l net.Listener) {
+	bootID := func() string { return string(vmtest.ReadFile(t, m, "/proc/sys/kernel/random/boot_id")) }
+	before := bootID()
+	conn, _, _, _ := dialVsock(t, m)
+	ended := wantEnd(t, conn)
+	if err := m.Reset(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended()
+	if bootID() == before {
+		t.Error("the guest did not boot again")
+	}
+	dialVsock(t, m)
+	testGuestToHost(t, m, l)
 }
 
 // BenchmarkVsock measures one message of 64 bytes there and back, and a connection.

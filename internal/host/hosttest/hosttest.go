@@ -27,22 +27,53 @@ type Guest struct {
 	// Socket is where it listens.
 	Socket string
 
-	close func()
+	close func() // ends the listener and all connections
 
-	mu         sync.Mutex
-	calls      int
-	generation int64
-	store      map[string]entry
-	previous   map[string]entry // nil if there is none
-	loaded     map[string]entry // what the unit of each credential runs with
-	rejected   map[string]entry // nil if there is none
-	rejection  vsockrpc.Rejected
-	waiting    []vsockrpc.Waiting
-	trial      *int64
-	systemd    string // why it cannot be reached; empty if it can
+	mu sync.Mutex
+	state
+	calls   int
+	asked   int
+	boots   int
+	applies []Applied
+	waiting []vsockrpc.Waiting
+	trial   *int64
+	systemd string        // why it cannot be reached; empty if it can
+	changed chan struct{} // closed at the next change
 }
 
-type entry struct{ value, revision string }
+// A state is what a guest has in memory, and loses when it boots.
+type state struct {
+	bootID     string
+	generation int64
+	store      map[string]entry
+	previous   map[string]entry  // nil if there is none
+	loaded     map[string]entry  // what the unit of each credential runs with
+	rejected   map[string]*entry // what it changed, nil for a removal; no map if there is none
+	rejection  vsockrpc.Rejected
+	provided   bool                 // the provider's set was applied
+	refusals   []credential.Refusal // of that set
+	onRejected []string             // what a gate rolled back before this boot, and is in force
+}
+
+type entry struct {
+	value, revision string
+	source          credential.Source
+	ephemeral       bool
+}
+
+// managed says that a provider has the name.
+func (e entry) managed() bool { return e.source == credential.SourceProvider || e.ephemeral }
+
+// An Applied is a call of Apply, and what came of it. It has no value.
+type Applied struct {
+	Params     vsockrpc.ApplyParams // without the set
+	Rejected   []string             // those of the set that were rejected in an earlier boot
+	Installed  []string
+	Relabelled []string
+	Removed    []string
+	Unchanged  []string
+	Refused    []string
+}
 
 // Every credential NAME is loaded by NAME.service, which runs. What happens
 // when that is refreshed depends on the value and the name.
@@ -61,7 +92,19 @@ const Refuses = "refused"
 
 // Start starts a guest that listens on dir/name.sock.
 func Start(dir, name string) (*Guest, error) {
-	g := &Guest{Socket: filepath.Join(dir, name+".sock"), store: map[string]entry{}, loaded: map[string]entry{}}
+	g := &Guest{Socket: filepath.Join(dir, name+".sock"), changed: make(chan struct{})}
+	g.state = g.booted()
+	return g, g.Start()
+}
+
+// booted is the state after a boot.
+func (g *Guest) booted() state {
+	g.boots++
+	return state{bootID: fmt.Sprintf("boot-%d", g.boots), store: map[string]entry{}, loaded: map[string]entry{}}
+}
+
+// Start has it listen again, after Stop.
+func (g *Guest) Start() error {
 	s := &vsockrpc.Server{
 		Product: "guestagent", Version: "test",
 		Authorize: func(p vsockrpc.Peer) error {
@@ -70,28 +113,62 @@ func Start(dir, name string) (*Guest, error) {
 			}
 			return vsockrpc.ErrRefused
 		},
-		Interfaces: []vsockrpc.Interface{{
-			Name: vsockrpc.CredentialsInterface, Description: vsockrpc.CredentialsDescription,
-			Methods: map[string]vsockrpc.Handler{
-				"Apply": g.apply, "List": g.list, "Remove": g.remove, "Rollback": g.rollback, "Refresh": g.refresh, "Retry": g.retry,
+		Interfaces: []vsockrpc.Interface{
+			{
+				Name: vsockrpc.CredentialsInterface, Description: vsockrpc.CredentialsDescription,
+				Methods: map[string]vsockrpc.Handler{
+					"Apply": g.apply, "List": g.list, "Remove": g.remove, "Rollback": g.rollback, "Refresh": g.refresh, "Retry": g.retry,
+				},
 			},
-		}},
+			{
+				Name: vsockrpc.HealthInterface, Description: vsockrpc.HealthDescription,
+				Methods: map[string]vsockrpc.Handler{"Get": g.get, "Ping": g.ping, "Watch": g.watch},
+			},
+		},
 	}
 	l, err := net.Listen("unix", g.Socket)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = s.Serve(context.Background(), l) })
-	g.close = func() {
+	g.close = sync.OnceFunc(func() {
 		s.Close()
 		wg.Wait()
-	}
-	return g, nil
+	})
+	return nil
 }
+
+// Stop ends its listener and all connections. It keeps what it has.
+func (g *Guest) Stop() { g.close() }
 
 // Close ends the guest.
 func (g *Guest) Close() { g.close() }
+
+// Reboot boots it anew, with nothing in memory.
+func (g *Guest) Reboot() error {
+	g.Stop()
+	g.mu.Lock()
+	g.state = g.booted()
+	g.mu.Unlock()
+	return g.Start()
+}
+
+// Snapshot keeps what it has. Restore brings that back, in the same boot.
+func (g *Guest) Snapshot() (restore func() error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	kept := g.state
+	kept.loaded = maps.Clone(kept.loaded)
+	return func() error {
+		g.Stop()
+		g.mu.Lock()
+		g.state = kept
+		g.loaded = maps.Clone(kept.loaded)
+		g.mu.Unlock()
+		return g.Start()
+	}
+}
 
 // Value returns the value of a credential.
 func (g *Guest) Value(name string) (value string, ok bool) {
@@ -108,6 +185,20 @@ func (g *Guest) Calls() int {
 	return g.calls
 }
 
+// Applies returns the calls of Apply so far.
+func (g *Guest) Applies() []Applied {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.applies)
+}
+
+// Asked returns how often the guest was asked for its report, watches aside.
+func (g *Guest) Asked() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.asked
+}
+
 // Wait makes a unit wait for a credential.
 func (g *Guest) Wait(unit, name string) {
 	g.mu.Lock()
@@ -120,9 +211,18 @@ func (g *Guest) OnTrial(generation int64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.trial = &generation
+	g.tell()
 }
 
-// NoSystemd makes its systemd unreachable.
+// TrialOver ends that.
+func (g *Guest) TrialOver() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.trial = nil
+	g.tell()
+}
+
+// NoSystemd makes its systemd unreachable, or, with "", reachable again.
 func (g *Guest) NoSystemd(problem string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -146,16 +246,41 @@ func (g *Guest) expect(generation *int64, refresh string) error {
 	return nil
 }
 
-// replace puts next in force, if it is anything else.
+// replace puts next in force. Other labels alone make no generation.
 func (g *Guest) replace(next map[string]entry, forget bool) {
-	if maps.Equal(next, g.store) {
+	defer g.tell()
+	changed := changes(g.store, next)
+	if len(changed) == 0 {
+		g.store = next
 		return
+	}
+	for name := range g.rejected {
+		if slices.Contains(changed, name) {
+			g.rejected = nil
+			break
+		}
 	}
 	g.previous, g.store = g.store, next
 	if forget {
 		g.previous = nil
 	}
 	g.generation++
+}
+
+// changes are the names whose values differ from before to after, sorted.
+func changes(before, after map[string]entry) []string {
+	names := map[string]bool{}
+	for name, e := range before {
+		if now, ok := after[name]; !ok || now.value != e.value {
+			names[name] = true
+		}
+	}
+	for name := range after {
+		if _, ok := before[name]; !ok {
+			names[name] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(names))
 }
 
 func refreshes(refresh string) bool { return refresh != "" && refresh != vsockrpc.RefreshNone }
@@ -228,12 +353,51 @@ func (g *Guest) install(call *vsockrpc.Call, next map[string]entry, forget bool,
 		return call.Reply(r)
 	}
 	problem := r.Units[i].Unit + ": " + Dies
-	g.rejected, g.rejection = next, vsockrpc.Rejected{Generation: g.generation, At: now, Names: r.Installed, Problem: problem}
+	rejection := vsockrpc.Rejected{Generation: g.generation, At: now, Names: changes(before, next), Problem: problem}
 	g.replace(before, false)
+	g.rejected, g.rejection = map[string]*entry{}, rejection
+	for _, name := range rejection.Names {
+		g.rejected[name] = nil
+		if e, ok := next[name]; ok {
+			g.rejected[name] = &e
+		}
+	}
 	if err := tell(vsockrpc.Progress{Phase: vsockrpc.PhaseRollingBack}); err != nil {
 		return err
 	}
 	return &vsockrpc.RolledBackError{Generation: g.generation, Units: r.Units, Problem: problem, Restored: true}
+}
+
+// check says why a credential is not taken, "" if it is.
+func (g *Guest) check(c vsockrpc.Credential, p *vsockrpc.ApplyParams, again map[string]bool) (credential.Reason, string) {
+	old, ok := g.store[c.Name]
+	switch {
+	case c.Name == Refuses && !c.AllowShadowed:
+		return credential.ReasonShadowed, "by \x1b[31m/etc/credstore/" + c.Name
+	case again[c.Name]:
+		return credential.ReasonRejected, "rolled back by its gate: " + g.rejection.Problem
+	case c.Rejected && ok && old.value != string(c.Value.Bytes()):
+		return credential.ReasonRejected, "rolled back before the guest booted"
+	case ok && old.managed() && p.Source != credential.SourceProvider && !p.Ephemeral:
+		return credential.ReasonManaged, "the provider has it"
+	}
+	return "", ""
+}
+
+// rejectedAgain are the names of what was rejected, if that is here again.
+func (g *Guest) rejectedAgain(set []vsockrpc.Credential) map[string]bool {
+	again := map[string]bool{}
+	for _, c := range set {
+		old, ok := g.rejected[c.Name]
+		if !ok {
+			continue
+		}
+		if old == nil || old.value != string(c.Value.Bytes()) {
+			return nil
+		}
+		again[c.Name] = true
+	}
+	return again
 }
 
 func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
@@ -244,34 +408,54 @@ func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
 	defer p.Wipe()
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.applies = append(g.applies, Applied{Params: p})
+	applied := &g.applies[len(g.applies)-1]
+	applied.Params.Set = nil
+	for _, c := range p.Set {
+		if c.Rejected {
+			applied.Rejected = append(applied.Rejected, c.Name)
+		}
+	}
 	if err := g.expect(p.ExpectedGeneration, p.Refresh); err != nil {
 		return err
 	}
+	source := cmp.Or(p.Source, credential.SourcePush)
 	next := maps.Clone(g.store)
 	r := &vsockrpc.ApplyResult{}
 	inSet := map[string]bool{}
+	again := g.rejectedAgain(p.Set)
 	for _, c := range p.Set {
-		if c.Name == Refuses && !c.AllowShadowed {
-			return &vsockrpc.RefusedError{Refusals: []credential.Refusal{
-				{Name: c.Name, Source: credential.SourcePush, Reason: credential.ReasonShadowed, Detail: "by \x1b[31m/etc/credstore/" + c.Name},
-			}}
-		}
 		inSet[c.Name] = true
-		e := entry{value: string(c.Value.Bytes()), revision: c.Revision}
-		switch old, ok := g.store[c.Name]; {
+		if reason, detail := g.check(c, &p, again); reason != "" {
+			r.Refusals = append(r.Refusals, credential.Refusal{Name: c.Name, Source: source, Reason: reason, Detail: detail})
+			applied.Refused = append(applied.Refused, c.Name)
+			continue
+		}
+		old, ok := g.store[c.Name]
+		e := entry{
+			value: string(c.Value.Bytes()), revision: c.Revision, source: source,
+			ephemeral: ok && old.managed() && source != credential.SourceProvider,
+		}
+		switch {
 		case !ok || old.value != e.value:
 			r.Installed = append(r.Installed, c.Name)
-		case old.revision != e.revision:
+		case old.revision != e.revision || source == credential.SourceProvider && e != old:
 			r.Relabelled = append(r.Relabelled, c.Name)
 		default:
 			r.Unchanged = append(r.Unchanged, c.Name)
+			continue
 		}
 		next[c.Name] = e
+	}
+	if len(r.Refusals) > 0 && !p.Partial {
+		return &vsockrpc.RefusedError{Refusals: r.Refusals}
 	}
 	remove := p.Remove
 	if p.Prune {
 		for _, name := range slices.Sorted(maps.Keys(g.store)) {
-			if strings.HasPrefix(name, p.PrunePrefix) && !inSet[name] {
+			e := g.store[name]
+			own := e.source == source || e.ephemeral && source == credential.SourceProvider
+			if own && strings.HasPrefix(name, p.PrunePrefix) && !inSet[name] {
 				remove = append(remove, name)
 			}
 		}
@@ -287,6 +471,11 @@ func (g *Guest) apply(_ context.Context, call *vsockrpc.Call) error {
 	if p.DryRun {
 		r.Generation = g.generation
 		return call.Reply(r)
+	}
+	applied.Installed, applied.Relabelled, applied.Removed, applied.Unchanged = r.Installed, r.Relabelled, r.Removed, r.Unchanged
+	if source == credential.SourceProvider {
+		g.provided, g.refusals, g.onRejected = true, r.Refusals, applied.Rejected
+		g.tell()
 	}
 	return g.install(call, next, p.Forget, p.Refresh, p.Gate > 0, r)
 }
@@ -304,8 +493,13 @@ func (g *Guest) retry(_ context.Context, call *vsockrpc.Call) error {
 	if g.rejected == nil {
 		return &vsockrpc.NothingRejectedError{}
 	}
-	next := g.rejected
-	g.rejected = nil
+	next := maps.Clone(g.store)
+	for name, e := range g.rejected {
+		delete(next, name)
+		if e != nil {
+			next[name] = *e
+		}
+	}
 	return g.install(call, next, false, p.Refresh, p.Gate > 0, &vsockrpc.ApplyResult{Installed: g.rejection.Names})
 }
 
@@ -353,18 +547,25 @@ func (g *Guest) list(_ context.Context, call *vsockrpc.Call) error {
 	if p.Consumers {
 		r.ConsumersProblem = g.systemd
 	}
-	for name, e := range g.store {
-		entry := vsockrpc.Entry{
-			Name: name, Revision: e.revision, Size: int64(len(e.value)), Source: credential.SourcePush,
-			InstalledAt: now, State: "inForce", Path: "/run/credstore/" + name,
+	r.Entries = g.entries()
+	if p.Consumers && g.systemd == "" {
+		for i, e := range r.Entries {
+			r.Entries[i].Consumers = []vsockrpc.Consumer{g.consumer(e.Name)}
 		}
-		if p.Consumers && g.systemd == "" {
-			entry.Consumers = []vsockrpc.Consumer{g.consumer(name)}
-		}
-		r.Entries = append(r.Entries, entry)
 	}
-	slices.SortFunc(r.Entries, func(a, b vsockrpc.Entry) int { return cmp.Compare(a.Name, b.Name) })
 	return call.Reply(r)
+}
+
+func (g *Guest) entries() []vsockrpc.Entry {
+	var entries []vsockrpc.Entry
+	for _, name := range slices.Sorted(maps.Keys(g.store)) {
+		e := g.store[name]
+		entries = append(entries, vsockrpc.Entry{
+			Name: name, Revision: e.revision, Size: int64(len(e.value)), Source: e.source,
+			InstalledAt: now, State: "inForce", Path: "/run/credstore/" + name, Ephemeral: e.ephemeral,
+		})
+	}
+	return entries
 }
 
 func (g *Guest) stale(name string) bool { return g.loaded[name].value != g.store[name].value }
@@ -445,7 +646,7 @@ func (g *Guest) rollback(_ context.Context, call *vsockrpc.Call) error {
 // it is closed:
 //
 //	flood    bytes without an end
-//	escapes  a list of credentials with control sequences for terminals
+//	escapes  a list of credentials, and a report, with control sequences for terminals
 //	garbage  what is no JSON
 //	error    an error that nobody knows, with control sequences
 //	rolledBack  progress and the end of a gate, with control sequences
@@ -533,6 +734,13 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 			"waiting":          []vsockrpc.Waiting{{Unit: Escapes, Name: Escapes, Since: Escapes}},
 			"rejected":         []vsockrpc.Rejected{{Generation: 1, At: Escapes, Names: []string{Escapes}, Problem: Escapes}},
 			"consumersProblem": Escapes,
+			"report": map[string]any{
+				"version": Escapes, "bootId": Escapes, "machineId": Escapes, "generation": 1,
+				"entries":  []vsockrpc.Entry{{Name: Escapes, Revision: Escapes, Source: Escapes, InstalledAt: Escapes, State: Escapes, Path: Escapes}},
+				"refusals": []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
+				"reasons":  []vsockrpc.Reason{{Code: Escapes, Detail: Escapes, Hint: Escapes}},
+				"provider": vsockrpc.ProviderState{Address: Escapes, State: Escapes, Since: Escapes, Problem: Escapes},
+			},
 			"refusals":         []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
 		}})
 	},

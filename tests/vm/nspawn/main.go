@@ -2,10 +2,11 @@
 
 // Command nspawn boots a test's container with systemd-nspawn, and leaves nothing of it behind.
 //
-//	nspawn DIR TREE
+//	nspawn DIR TREE [OUTSIDE INSIDE]…
 //
 // DIR is a folder of package vm, with the archive overlay.cpio and the folder channel, which the container sees as
-// wire.SocketDir. TREE is an image's root, which is not changed: what the container writes is in memory.
+// wire.SocketDir. TREE is an image's root, which is not changed: what the container writes is in memory. It also sees each OUTSIDE, a folder
+// or file of the host, as INSIDE.
 //
 // Standard input is a leash. When it ends, which it does with the harness at the latest, or a signal asks for it, the
 // container is killed, its control groups are removed, and DIR too. When the container ends by itself DIR stays, since
@@ -32,6 +33,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -50,17 +52,17 @@ func main() {
 
 func run(args []string, leash io.Reader) error {
 	switch {
-	case len(args) == 2:
-		return supervise(args[0], args[1], leash)
-	case len(args) == 4 && args[0] == stageInside:
-		return inside(args[1], args[2], args[3])
+	case len(args) >= 4 && len(args)%2 == 0 && args[0] == stageInside:
+		return inside(args[1], args[2], args[3], args[4:])
+	case len(args) >= 2 && len(args)%2 == 0:
+		return supervise(args[0], args[1], args[2:], leash)
 	default:
-		return errors.New("usage: nspawn DIR TREE")
+		return errors.New("usage: nspawn DIR TREE [OUTSIDE INSIDE ...]")
 	}
 }
 
 // supervise is the outer process.
-func supervise(dir, tree string, leash io.Reader) (err error) {
+func supervise(dir, tree string, binds []string, leash io.Reader) (err error) {
 	// Whoever reads our output may be gone when there is something to say. Caught rather than ignored: a program that
 	// is started would inherit that.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
@@ -89,7 +91,7 @@ func supervise(dir, tree string, leash io.Reader) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, hierarchy.remove(group)) }()
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", stageInside, dir, tree, group)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{stageInside, dir, tree, group}, binds...)...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS,
@@ -106,7 +108,7 @@ func supervise(dir, tree string, leash io.Reader) (err error) {
 }
 
 // inside is the inner process: it prepares the root, runs systemd-nspawn and ends with it.
-func inside(dir, tree, group string) error {
+func inside(dir, tree, group string, binds []string) error {
 	if err := os.Chdir(dir); err != nil {
 		return err
 	}
@@ -135,7 +137,7 @@ func inside(dir, tree, group string) error {
 	if err := denyVsock(); err != nil {
 		return err
 	}
-	cmd := exec.Command("systemd-nspawn", nspawnArgs(dir)...)
+	cmd := exec.Command("systemd-nspawn", nspawnArgs(dir, binds)...)
 	// The host's environment can change what systemd-nspawn does.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -179,9 +181,9 @@ func mountRoot(tree string) error {
 	return nil
 }
 
-// nspawnArgs are the arguments of systemd-nspawn 252 and later, systemd-nspawn(1).
-func nspawnArgs(dir string) []string {
-	return []string{
+// nspawnArgs are the arguments of systemd-nspawn 252 and later, systemd-nspawn(1). binds are pairs.
+func nspawnArgs(dir string, binds []string) []string {
+	args := []string{
 		"--quiet", "--boot", "--directory", filepath.Join(dir, "mem/root"),
 		// The host name too, as in the virtual machines.
 		"--machine=guest",
@@ -192,7 +194,12 @@ func nspawnArgs(dir string) []string {
 		"--drop-capability=CAP_MKNOD",
 		// The host's SMBIOS is none of the container's business. systemd-nspawn 252 does not show it anyway.
 		"--tmpfs=/sys/firmware",
-		"--bind=" + strings.ReplaceAll(filepath.Join(dir, "channel"), ":", `\:`) + ":" + wire.SocketDir,
 		"--console=read-only",
 	}
+	binds = append([]string{filepath.Join(dir, "channel"), wire.SocketDir}, binds...)
+	quote := strings.NewReplacer(`\`, `\\`, ":", `\:`)
+	for pair := range slices.Chunk(binds, 2) {
+		args = append(args, "--bind="+quote.Replace(pair[0])+":"+quote.Replace(pair[1]))
+	}
+	return args
 }

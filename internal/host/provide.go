@@ -1,0 +1,641 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/guestagent/guestagent/internal/credential"
+	"github.com/guestagent/guestagent/vsockrpc"
+)
+
+const (
+	// callFirst and callMost are the pauses between attempts to call a guest
+	// that does not answer. A guest that boots rings, and is called at once.
+	callFirst = 250 * time.Millisecond
+	callMost  = 10 * time.Second
+	// againAfter is the pause after which a set is tried again that could not be
+	// applied, for a reason that may pass.
+	againAfter = 5 * time.Second
+	// lookPause is the least time from one look at the guest's set to the next.
+	lookPause = 250 * time.Millisecond
+	// watchHeartbeat is how often a guest gives a sign, silence how long it is
+	// waited for.
+	watchHeartbeat = 20 * time.Second
+	silence        = time.Minute
+	// ringConns are the connections that a guest may have at its provider.
+	ringConns = 8
+	// statusConns are those on the local socket.
+	statusConns = 16
+	// ringMessage bounds what a guest may send, in bytes.
+	ringMessage = 4 << 10
+)
+
+// A Provider hands the credentials of one VM to its guest, and keeps them up to
+// date there: when the guest rings, as it does when it boots; when the source
+// changes; and when the guest is reached anew, and has another set than it
+// should, as after a restore. It always calls the guest's agent, on a port that
+// only root in the guest can have. A ring brings nothing and is given nothing.
+//
+// Values are read when they are needed, and wiped when they were handed over.
+type Provider struct {
+	// Name is the VM's.
+	Name string
+	// Target is where the guest's agent listens.
+	Target vsockrpc.Target
+	// Source is where the credentials are.
+	Source Folder
+	// Labels gives the values their revisions. It must not be nil.
+	Labels *Labels
+	// Refresh and Gate are how the units are refreshed that load what changes,
+	// as in [vsockrpc.ApplyParams]. A guest's first set of a boot has no gate.
+	Refresh string
+	Gate    time.Duration
+	// Doorbell is where the guest rings, and is taken over. May says which peers
+	// may; nil is nobody.
+	Doorbell net.Listener
+	May      func(vsockrpc.Peer) error
+	// Local is where others ask how the guest is, nil for nowhere. Who may
+	// connect to it may ask. It is taken over.
+	Local net.Listener
+	// Reload has the source read anew.
+	Reload <-chan struct{}
+	// Version is this program's.
+	Version string
+	// Status is told in one line how the guest is, whenever that changes. Nil
+	// for nobody.
+	Status func(line string)
+	// Log gets what happens. It must not be nil.
+	Log *slog.Logger
+
+	dial  func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc's
+	again time.Duration                                                    // 0 is againAfter
+
+	// telling is held while the status is told, so that the last line is the
+	// last state.
+	telling sync.Mutex
+
+	mu     sync.Mutex
+	status vsockrpc.ProviderStatus
+	// rings are those that wait for the set to be in force.
+	rings map[chan error]bool
+
+	wake   chan struct{} // there is something to do
+	reach  chan struct{} // the guest answers: watch it now
+	synced string        // boot ID and generation that were last found, or made, right
+}
+
+// Run runs the provider until ctx ends, or the doorbell fails for good.
+func (p *Provider) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p.wake, p.reach = make(chan struct{}, 1), make(chan struct{}, 1)
+	if p.dial == nil {
+		p.dial = vsockrpc.Dial
+	}
+	p.again = cmp.Or(p.again, againAfter)
+	p.set(vsockrpc.GuestWaiting, "")
+	var wg sync.WaitGroup
+	serve := func(s *vsockrpc.Server, l net.Listener) {
+		wg.Go(func() {
+			if err := s.Serve(ctx, l); err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("serving %s: %w", l.Addr(), err))
+			}
+		})
+	}
+	serve(p.doorbell(), p.Doorbell)
+	if p.Local != nil {
+		serve(p.local(), p.Local)
+	}
+	changed := make(chan struct{}, 1)
+	wg.Go(func() {
+		if err := p.Source.Watch(ctx, changed); err != nil && ctx.Err() == nil {
+			p.Log.Error("watching the source failed; SIGHUP has it read anew", slog.String("error", err.Error()))
+		}
+	})
+	wg.Go(func() {
+		for {
+			select {
+			case <-changed:
+			case <-p.Reload:
+			case <-ctx.Done():
+				return
+			}
+			p.poke()
+		}
+	})
+	wg.Go(func() { p.watchGuest(ctx) })
+	p.keep(ctx)
+	wg.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// poke has the set looked after.
+func (p *Provider) poke() { poke(p.wake) }
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// doorbell is the server that the guest rings at.
+func (p *Provider) doorbell() *vsockrpc.Server {
+	return &vsockrpc.Server{
+		Vendor: "guestagent", Product: "guestctl", Version: p.Version, URL: "https://github.com/guestagent/guestagent",
+		Interfaces: []vsockrpc.Interface{{
+			Name: vsockrpc.ProviderInterface, Description: vsockrpc.ProviderDescription,
+			Methods: map[string]vsockrpc.Handler{"Ring": p.ring, "Status": nil},
+		}},
+		Authorize: p.May, Log: p.Log, MaxConns: ringConns, MessageLimit: ringMessage,
+	}
+}
+
+// local is the server that others ask at. The socket's permissions say who may.
+func (p *Provider) local() *vsockrpc.Server {
+	return &vsockrpc.Server{
+		Vendor: "guestagent", Product: "guestctl", Version: p.Version, URL: "https://github.com/guestagent/guestagent",
+		Interfaces: []vsockrpc.Interface{{
+			Name: vsockrpc.ProviderInterface, Description: vsockrpc.ProviderDescription,
+			Methods: map[string]vsockrpc.Handler{"Ring": nil, "Status": p.tell},
+		}},
+		Authorize: func(peer vsockrpc.Peer) error {
+			if peer.Local() {
+				return nil
+			}
+			return vsockrpc.ErrRefused
+		},
+		Log: p.Log, MaxConns: statusConns,
+	}
+}
+
+// ring waits until the set was found in force, or put there, after the call
+// came. Many rings are one errand.
+func (p *Provider) ring(ctx context.Context, call *vsockrpc.Call) error {
+	call.Params().Empty()
+	if err := call.Params().End(); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	p.mu.Lock()
+	if p.rings == nil {
+		p.rings = map[chan error]bool{}
+	}
+	p.rings[done] = true
+	p.mu.Unlock()
+	p.poke()
+	select {
+	case err := <-done:
+		if err != nil {
+			return err
+		}
+		return call.Reply(nil)
+	case <-ctx.Done():
+		p.mu.Lock()
+		delete(p.rings, done)
+		p.mu.Unlock()
+		return context.Cause(ctx)
+	}
+}
+
+func (p *Provider) tell(_ context.Context, call *vsockrpc.Call) error {
+	call.Params().Empty()
+	if err := call.Params().End(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	s := p.status
+	p.mu.Unlock()
+	return call.Reply(&s)
+}
+
+// set says how the guest is.
+func (p *Provider) set(state, problem string) {
+	p.telling.Lock()
+	defer p.telling.Unlock()
+	p.mu.Lock()
+	changed := p.status.State != state || p.status.Problem != problem
+	if p.status.State != state {
+		p.status.Since = now()
+	}
+	p.status.Name, p.status.Target, p.status.State, p.status.Problem = p.Name, p.Target.String(), state, problem
+	line := statusLine(&p.status)
+	p.mu.Unlock()
+	if !changed {
+		return
+	}
+	level := slog.LevelInfo
+	if state != vsockrpc.GuestInForce && state != vsockrpc.GuestApplying && problem != "" {
+		level = slog.LevelWarn
+	}
+	p.Log.Log(context.Background(), level, "the guest's set", slog.String("vm", p.Name), slog.String("state", state), slog.String("problem", problem))
+	if p.Status != nil {
+		p.Status(line)
+	}
+}
+
+func now() string { return time.Now().UTC().Format(time.RFC3339Nano) }
+
+// statusLine is one line for people.
+func statusLine(s *vsockrpc.ProviderStatus) string {
+	what := map[string]string{
+		vsockrpc.GuestWaiting:    "the guest does not answer yet",
+		vsockrpc.GuestApplying:   "handing over the set",
+		vsockrpc.GuestInForce:    "the set is in force",
+		vsockrpc.GuestRefused:    "the set is in force, but for what the guest refused",
+		vsockrpc.GuestRolledBack: "the set was rolled back by its gate",
+		vsockrpc.GuestUnreadable: "the credentials cannot be read",
+	}[s.State]
+	line := s.Name + ": " + what
+	if s.Problem != "" {
+		line += ": " + s.Problem
+	}
+	return line
+}
+
+// heard notes what the guest said of itself.
+func (p *Provider) heard(r *vsockrpc.Report) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.LastContact = now()
+	if r != nil {
+		p.status.Report = r
+	}
+}
+
+// keep looks after the set whenever there is reason to.
+func (p *Provider) keep(ctx context.Context) {
+	p.poke()
+	var again <-chan time.Time
+	for {
+		select {
+		case <-p.wake:
+		case <-again:
+		case <-ctx.Done():
+			return
+		}
+		// Anybody in the guest may ring, and as often as he likes.
+		begun := time.After(lookPause)
+		p.mu.Lock()
+		rings := p.rings
+		p.rings = nil
+		p.mu.Unlock()
+		err := p.reconcile(ctx)
+		again = nil
+		if err != nil && err.after > 0 {
+			again = time.After(err.after)
+		}
+		var answer error
+		if err != nil {
+			// What is wrong on the host is not the guest's to know.
+			answer = &vsockrpc.UnavailableError{Problem: err.toGuest}
+		}
+		for done := range rings {
+			done <- answer
+		}
+		select {
+		case <-begun:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// A notYet says why the set is not in force.
+type notYet struct {
+	// toGuest is what the guest may know.
+	toGuest string
+	// after is when to try again; 0 is when something happens.
+	after time.Duration
+}
+
+// reconcile has the guest's set be the source's. It is called by one goroutine.
+func (p *Provider) reconcile(ctx context.Context) *notYet {
+	creds, err := p.Source.Read()
+	defer Wipe(creds)
+	// A label that somebody gives may stay while the value changes.
+	given := slices.ContainsFunc(creds, func(c vsockrpc.Credential) bool { return c.Revision != "" })
+	if err == nil {
+		err = p.label(creds)
+	}
+	if err != nil {
+		p.set(vsockrpc.GuestUnreadable, err.Error())
+		return &notYet{toGuest: "the host cannot read the credentials", after: callMost}
+	}
+	r, err := p.ask(ctx)
+	if err != nil {
+		f := failure(err, fateUntouched, ctx.Err() != nil)
+		p.set(vsockrpc.GuestWaiting, f.Message)
+		// Whoever watches tells when the guest can be reached.
+		return &notYet{toGuest: "the agent cannot be reached from the host"}
+	}
+	p.heard(r)
+	poke(p.reach)
+	p.tried(r, creds)
+	if !given && inForce(r, creds) {
+		return p.right(r.BootID, r.Generation)
+	}
+	p.set(vsockrpc.GuestApplying, "")
+	return p.apply(ctx, r, creds)
+}
+
+// label labels the values. Labels that cannot be kept hold until the provider
+// ends, and no guest has to go without its values for them.
+func (p *Provider) label(creds []vsockrpc.Credential) error {
+	err := p.Labels.Label(creds)
+	if slices.ContainsFunc(creds, func(c vsockrpc.Credential) bool { return c.Revision == "" }) {
+		return err
+	}
+	p.kept(err)
+	return nil
+}
+
+// kept tells of labels that were not kept, if err says so.
+func (p *Provider) kept(err error) {
+	if err != nil {
+		p.Log.Warn("keeping the labels failed", slog.String("error", err.Error()))
+	}
+}
+
+// tried takes back that values are rejected that the guest has in force: there
+// they were tried again. A guest that booted on them, for lack of others, says
+// so.
+func (p *Provider) tried(r *vsockrpc.Report, creds []vsockrpc.Credential) {
+	if slices.ContainsFunc(r.Reasons, func(n vsockrpc.Reason) bool { return n.Code == codeRejectedInForce }) {
+		return
+	}
+	var good []string
+	for i := range creds {
+		c := &creds[i]
+		if c.Rejected && slices.ContainsFunc(r.Entries, func(e vsockrpc.Entry) bool {
+			return e.Name == c.Name && e.Revision == c.Revision && e.Source == credential.SourceProvider && !e.Ephemeral
+		}) {
+			c.Rejected = false
+			good = append(good, c.Name)
+		}
+	}
+	if len(good) > 0 {
+		p.kept(p.Labels.Accept(good))
+	}
+}
+
+// codeRejectedInForce is a guest's reason: it booted on values that a gate had
+// rolled back.
+const codeRejectedInForce = "rejectedInForce"
+
+// ask asks the guest how it is.
+func (p *Provider) ask(ctx context.Context) (*vsockrpc.Report, error) {
+	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
+	defer cancel()
+	c, err := p.dial(ctx, p.Target)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return vsockrpc.Health{Client: c}.Get(ctx)
+}
+
+// inForce reports whether the guest has the set already. Its labels say so: no
+// value has another's.
+func inForce(r *vsockrpc.Report, creds []vsockrpc.Credential) bool {
+	if r.Provider == nil || r.Provider.State != vsockrpc.ProviderInForce || r.Gate != nil {
+		return false
+	}
+	want := map[string]string{}
+	for _, c := range creds {
+		want[c.Name] = c.Revision
+	}
+	for _, e := range r.Entries {
+		if e.Source != credential.SourceProvider && !e.Ephemeral {
+			continue
+		}
+		revision, ok := want[e.Name]
+		switch {
+		case !ok, !e.Ephemeral && (e.Revision != revision || e.State == stateMissing):
+			return false
+		}
+		delete(want, e.Name)
+	}
+	return len(want) == 0
+}
+
+// stateMissing is the state of a value whose file somebody removed.
+const stateMissing = "missing"
+
+// right is the end of a set that is in force.
+func (p *Provider) right(bootID string, generation int64) *notYet {
+	p.setSynced(bootID, generation)
+	p.set(vsockrpc.GuestInForce, "")
+	return nil
+}
+
+func (p *Provider) setSynced(bootID string, generation int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.synced = fmt.Sprintf("%s %d", bootID, generation)
+}
+
+func (p *Provider) isSynced(r *vsockrpc.Report) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.synced == fmt.Sprintf("%s %d", r.BootID, r.Generation)
+}
+
+// apply hands the set over. Report is what the guest said of itself just now.
+func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, creds []vsockrpc.Credential) *notYet {
+	params := &vsockrpc.ApplyParams{Set: creds, Source: credential.SourceProvider, Partial: true, Prune: true, Refresh: p.Refresh}
+	first := report.Provider == nil || report.Provider.State != vsockrpc.ProviderInForce
+	if !first {
+		params.Gate = p.Gate // before that there is nothing to go back to
+	}
+	res := p.push(ctx, params)
+	if first && res.Error != nil && res.Error.Code == CodeNoSystemd {
+		// So early in the boot nobody has loaded anything.
+		params.Refresh = vsockrpc.RefreshNone
+		res = p.push(ctx, params)
+	}
+	switch f := res.Error; {
+	case f == nil && len(res.Refusals) == 0:
+		return p.right(report.BootID, *res.Generation)
+	case f == nil || f.Code == CodeRefreshFailed:
+		return p.partly(report.BootID, res)
+	case f.Code == CodeRolledBack:
+		p.rejected(report, f, creds)
+		p.setSynced(report.BootID, *f.Generation)
+		return nil
+	case f.Code == CodeRefused:
+		p.set(vsockrpc.GuestRefused, f.Message)
+		return &notYet{toGuest: "the agent refused the set"}
+	case f.Code == CodeGateInProgress:
+		p.set(vsockrpc.GuestApplying, f.Message)
+		return &notYet{toGuest: "another set is on trial", after: p.again}
+	default:
+		p.set(vsockrpc.GuestWaiting, f.Message)
+		return &notYet{toGuest: "the set could not be handed over", after: p.again}
+	}
+}
+
+// push calls Apply, and waits as long as the guest tells how it gets on.
+func (p *Provider) push(ctx context.Context, params *vsockrpc.ApplyParams) Result {
+	var res Result
+	f := Fleet{
+		Guests: []Guest{{Name: p.Name, Target: p.Target}}, dial: p.dial,
+		Progress: func(Guest, vsockrpc.Progress) { p.heard(nil) },
+	}
+	_ = f.Push(ctx, params, func(r Result) { res = r }) // the error is the result's
+	return res
+}
+
+// partly is the end of a set of which not all is well: names were refused, or
+// units were not refreshed.
+func (p *Provider) partly(bootID string, res Result) *notYet {
+	again := 0
+	var lines []string
+	for _, r := range res.Refusals {
+		if r.Reason == credential.ReasonRejected {
+			again++
+		}
+		lines = append(lines, vsockrpc.Escape(r.String(), maxDetail))
+	}
+	p.setSynced(bootID, *res.Generation)
+	const most = 3
+	problem := strings.Join(lines[:min(most, len(lines))], "; ")
+	if more := len(lines) - most; more > 0 {
+		problem += fmt.Sprintf("; and %d more", more)
+	}
+	switch {
+	case len(lines) == 0:
+		p.set(vsockrpc.GuestInForce, res.Error.Message)
+	case again == len(lines):
+		p.set(vsockrpc.GuestRolledBack, problem)
+	default:
+		p.set(vsockrpc.GuestRefused, problem)
+	}
+	return nil
+}
+
+// rejected is the end of a set that did not stand its gate. What it would have
+// changed is kept in mind for the guest's next boot.
+func (p *Provider) rejected(report *vsockrpc.Report, f *Failure, creds []vsockrpc.Credential) {
+	had := map[string]string{}
+	for _, e := range report.Entries {
+		had[e.Name] = e.Revision
+	}
+	var changed []string
+	for _, c := range creds {
+		if revision, ok := had[c.Name]; !ok || revision != c.Revision {
+			changed = append(changed, c.Name)
+		}
+	}
+	problem := vsockrpc.Escape(f.Problem, maxDetail)
+	p.kept(p.Labels.Reject(changed, problem))
+	p.set(vsockrpc.GuestRolledBack, problem)
+}
+
+// watchGuest stays connected to the guest, whenever that can be reached, and has
+// the set looked after when it is another guest than the one that got it: it
+// booted, or was restored.
+func (p *Provider) watchGuest(ctx context.Context) {
+	for pause := callFirst; ; pause = min(2*pause, callMost) {
+		reached, err := p.watchOnce(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if reached {
+			pause = callFirst
+		}
+		f := failure(err, fateUntouched, false)
+		p.Log.Debug("the guest cannot be watched", slog.String("vm", p.Name), slog.String("problem", f.Message))
+		if reached || p.current() != vsockrpc.GuestUnreadable {
+			p.lost(f.Message)
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-p.reach:
+			pause = callFirst
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+func (p *Provider) current() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.status.State
+}
+
+// lost says that the guest does not answer, unless it is being worked on.
+func (p *Provider) lost(problem string) {
+	if p.current() != vsockrpc.GuestApplying {
+		p.set(vsockrpc.GuestWaiting, problem)
+	}
+}
+
+// watchOnce watches over one connection, until that ends.
+func (p *Provider) watchOnce(ctx context.Context) (reached bool, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	quiet := time.AfterFunc(silence, func() { cancel(context.DeadlineExceeded) })
+	defer quiet.Stop()
+	c, err := p.dial(ctx, p.Target)
+	if err != nil {
+		return false, err
+	}
+	defer c.Close()
+	for r, err := range (vsockrpc.Health{Client: c}).Watch(ctx, watchHeartbeat) {
+		if err != nil {
+			return reached, err
+		}
+		quiet.Reset(silence)
+		p.heard(r)
+		// A change that somebody else made while the guest was reached all the
+		// time is for the next reason to look.
+		if r != nil && !reached && !p.isSynced(r) || p.current() == vsockrpc.GuestWaiting {
+			p.poke()
+		}
+		reached = true
+	}
+	return reached, errors.New("the guest ended the watch")
+}
+
+// OnlyCID lets one guest ring, from any port: what a ring brings about is no
+// secret's way.
+func OnlyCID(cid uint32) func(vsockrpc.Peer) error {
+	return func(peer vsockrpc.Peer) error {
+		if peer.Kind == vsockrpc.PeerVsock && peer.CID == cid {
+			return nil
+		}
+		return fmt.Errorf("%w: this provider is for CID %d", vsockrpc.ErrRefused, cid)
+	}
+}
+
+// LocalRoot lets root on this machine ring, and whoever runs the provider.
+func LocalRoot(peer vsockrpc.Peer) error { return localUser(peer, os.Geteuid()) }
+
+// May lets ring whom the socket belongs to, the VMM's user, and root.
+func (m *MuxListener) May(peer vsockrpc.Peer) error {
+	m.looking.Lock()
+	uid := m.owner.uid
+	m.looking.Unlock()
+	return localUser(peer, uid)
+}
+
+func localUser(peer vsockrpc.Peer, uid int) error {
+	if peer.Local() && (peer.UID == 0 || int64(peer.UID) == int64(uid)) {
+		return nil
+	}
+	return fmt.Errorf("%w: this provider's guest is behind user %d", vsockrpc.ErrRefused, uid)
+}

@@ -1,0 +1,224 @@
+package vm_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/guestagent/guestagent/tests/vm"
+	"github.com/guestagent/guestagent/tests/vm/vmtest"
+	"github.com/guestagent/guestagent/vsockrpc"
+)
+
+// A container has its provider inside, on Unix sockets: all but vsock is as on a host.
+const (
+	pullService   = "guestagent-pull.service"
+	credTarget    = "guestagent-credentials.target"
+	hostFolder    = "/var/lib/host/credentials/"
+	hostService   = "host-provider.service"
+	hostBell      = "/run/host-bell.sock"
+	hostStarted   = "/run/host-started"
+	providerPlace = `{"provider": {"address": "unix:` + hostBell + `"%s}}`
+)
+
+// hostProvider is the provider of a container. It starts when it is told to, so early that nothing has to wait for the
+// boot.
+func hostProvider() []vm.File {
+	return wanted("sysinit.target", hostService, lines(
+		"[Unit]", "DefaultDependencies=no", "[Service]", "Type=notify", "TimeoutStartSec=infinity",
+		"ExecStartPre=/bin/sh -c 'until test -e "+hostStarted+"; do sleep 0.05; done'",
+		"ExecStart=/usr/bin/guestctl provide --listen unix:"+hostBell+" --target unix:/run/guestagent/varlink.sock --dir "+hostFolder,
+	))
+}
+
+// hostStart lets the provider start.
+func hostStart(t testing.TB, m *vm.Machine) {
+	t.Helper()
+	vmtest.Run(t, m, "touch", hostStarted)
+}
+
+// providerState is what the guest's report says of its provider.
+func providerState(t testing.TB, m *vm.Machine) string {
+	t.Helper()
+	return guestReport(t, m).Provider.State
+}
+
+// guestReport is what `guestagent status` says.
+func guestReport(t testing.TB, m *vm.Machine) (r vsockrpc.Report) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(vmtest.Run(t, m, "guestagent", "status", "--json")), &r); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func reasonCodes(r vsockrpc.Report) (list []string) {
+	for _, n := range r.Reasons {
+		list = append(list, n.Code)
+	}
+	return list
+}
+
+// consumersOfBoot are services that a boot starts, each with a way of its own to come after its credential.
+func consumersOfBoot(name string) []vm.File {
+	return slices.Concat(
+		wanted("multi-user.target", "ordered.service", loads("LoadCredential="+name)+lines("[Unit]", "Requires="+credTarget, "After="+credTarget)),
+		wanted("multi-user.target", "waiting.service", loads(bySocket(name))),
+		wanted("multi-user.target", "plain.service", loads("LoadCredential="+name)),
+	)
+}
+
+// given are those of the services whose process has the value, and no other.
+func given(t testing.TB, m *vm.Machine, name string, value []byte, units ...string) (list []string) {
+	t.Helper()
+	for _, u := range units {
+		got, err := m.ReadFile(t.Context(), "/run/credentials/"+u+"/"+name)
+		if err == nil && string(got) == string(value) {
+			list = append(list, u)
+		}
+	}
+	return list
+}
+
+// TestProvide boots guests whose provider is there, is late, or is not there at all.
+func TestProvide(t *testing.T) {
+	vmtest.Releases(t) // skips before anything is built
+	files := append(agentFiles(t), hostProvider()...)
+	boot := func(t *testing.T, release vm.Release, value []byte, config string, more ...vm.File) *vm.Machine {
+		return vmtest.StartContainer(t, vm.ContainerConfig{
+			Image: vmtest.Image(t, release), WaitFor: vm.UntilGuest,
+			Overlay: slices.Concat(files, consumersOfBoot("boot"), more, []vm.File{
+				{Path: agentConfig, Content: fmt.Appendf(nil, providerPlace, config)},
+				{Path: hostFolder + "boot", Mode: 0o600, Content: value},
+			}),
+		})
+	}
+	ready := func(t *testing.T, m *vm.Machine) {
+		t.Helper()
+		if _, err := m.WaitReady(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := []string{"ordered.service", "plain.service", "waiting.service"}
+	vmtest.Each(t, func(t *testing.T, release vm.Release) {
+		t.Parallel()
+		t.Run("late", func(t *testing.T) {
+			value := newValue()
+			m := boot(t, release, value, "")
+			// Who comes after the target waits, and nobody else does.
+			untilState(t, m, "active", "plain.service", "sysinit.target", "basic.target")
+			wantActive(t, m, credTarget, "inactive")
+			wantActive(t, m, "ordered.service", "inactive")
+			if got := providerState(t, m); got != vsockrpc.ProviderWaiting {
+				t.Errorf("the provider's state = %q, want waiting", got)
+			}
+			hostStart(t, m)
+			ready(t, m)
+			untilState(t, m, "active", "ordered.service", "waiting.service", credTarget)
+			wantLines(t, "who has it at its first start", given(t, m, "boot", value, all...), []string{"ordered.service", "waiting.service"})
+			if got := providerState(t, m); got != vsockrpc.ProviderInForce {
+				t.Errorf("the provider's state = %q, want inForce", got)
+			}
+			t.Run("afterwards", func(t *testing.T) { testProvided(t, m, value) })
+			wantSilence(t, m)
+		})
+		t.Run("held", func(t *testing.T) {
+			value := newValue()
+			m := boot(t, release, value, "", vm.File{
+				Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf",
+			})
+			untilState(t, m, "active", "sysinit.target", "sockets.target")
+			wantActive(t, m, "basic.target", "inactive")
+			hostStart(t, m)
+			ready(t, m)
+			wantLines(t, "who has it at its first start", given(t, m, "boot", value, all...), all)
+		})
+		t.Run("absent", func(t *testing.T) {
+			value := newValue()
+			m := boot(t, release, value, `, "timeout": 1`)
+			untilState(t, m, "active", "ordered.service", pullService, credTarget)
+			r := guestReport(t, m)
+			if r.Provider.State != vsockrpc.ProviderUnreachable || !slices.Contains(reasonCodes(r), "providerUnreachable") {
+				t.Errorf("the report = %+v, %v", r.Provider, r.Reasons)
+			}
+			if got := show(t, m, pullService, "StatusText"); !strings.Contains(got, "provider unreachable") {
+				t.Errorf("the pull's status = %q", got)
+			}
+			hostStart(t, m)
+			untilState(t, m, "active", "waiting.service")
+			wantGiven(t, m, "waiting.service", "boot", value)
+			eventually(t, "the pull has ended", func() bool { return show(t, m, pullService, "SubState") == "exited" })
+			ready(t, m)
+			if got := reasonCodes(guestReport(t, m)); slices.Contains(got, "providerUnreachable") {
+				t.Errorf("the reasons = %q", got)
+			}
+		})
+		t.Run("required", func(t *testing.T) {
+			value := newValue()
+			m := boot(t, release, value, `, "timeout": 1, "required": true`)
+			untilState(t, m, "failed", pullService)
+			untilState(t, m, "active", "plain.service")
+			wantActive(t, m, credTarget, "inactive")
+			wantActive(t, m, "ordered.service", "inactive")
+			hostStart(t, m)
+			// It comes all the same, and the way out is to start what was not.
+			untilState(t, m, "active", "waiting.service")
+			start(t, m, "ordered.service")
+			wantGiven(t, m, "ordered.service", "boot", value)
+			wantActive(t, m, credTarget, "active")
+		})
+	})
+}
+
+// testProvided changes what the host has while the guest runs.
+func testProvided(t *testing.T, m *vm.Machine, first []byte) {
+	entry := func(name string) (e vsockrpc.Entry) {
+		t.Helper()
+		for _, e := range guestReport(t, m).Entries {
+			if e.Name == name {
+				return e
+			}
+		}
+		return vsockrpc.Entry{}
+	}
+	generation := func() int64 { return guestReport(t, m).Generation }
+	before, g := entry("boot"), generation()
+
+	// What is there already does not come again, whoever is started anew.
+	vmtest.Run(t, m, "systemctl", "restart", hostService)
+	killAgent(t, m)
+	vmtest.Run(t, m, "systemctl", "kill", "--signal=HUP", hostService)
+	vmtest.Run(t, m, "touch", hostFolder+"boot")
+	second := newValue()
+	vmtest.WriteFile(t, m, hostFolder+"more", 0o600, second)
+	eventually(t, "the second credential is there", func() bool { return entry("more").Name != "" })
+	if after := entry("boot"); after.Revision != before.Revision || after.InstalledAt != before.InstalledAt || generation() != g+1 {
+		t.Errorf("boot = %+v in generation %d, want %+v and %d", after, generation(), before, g+1)
+	}
+	wantGiven(t, m, "ordered.service", "boot", first)
+
+	// A change by whoever is not the provider is for a while.
+	ctl(t, m, newValue(), "push", "boot:-").want(t, 1, "refused")
+	ctl(t, m, newValue(), "push", "boot:-", "--ephemeral").want(t, 0, "")
+	if e := entry("boot"); !e.Ephemeral {
+		t.Errorf("boot = %+v, want it ephemeral", e)
+	}
+	third := newValue()
+	vmtest.WriteFile(t, m, hostFolder+"boot.new", 0o600, third)
+	vmtest.Run(t, m, "sh", "-c", "rm "+hostFolder+"more && mv "+hostFolder+"boot.new "+hostFolder+"boot")
+	eventually(t, "the change is there", func() bool {
+		e := entry("boot")
+		return e.Source == "provider" && !e.Ephemeral && e.Revision != before.Revision && entry("more").Name == "" && entry("boot.new").Name == ""
+	})
+	vmtest.Run(t, m, "systemctl", "restart", "ordered.service", "waiting.service")
+	wantGiven(t, m, "ordered.service", "boot", third)
+	wantGiven(t, m, "waiting.service", "boot", third)
+
+	// What the provider says of its guest, and what it does not.
+	out := vmtest.Run(t, m, "systemctl", "show", "--value", "--property=StatusText", hostService)
+	if !strings.Contains(out, "the set is in force") {
+		t.Errorf("the provider's status = %q", out)
+	}
+}

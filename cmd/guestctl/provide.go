@@ -14,7 +14,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"github.com/guestagent/guestagent/internal/host"
@@ -30,11 +29,11 @@ const stateDir = "/run/guestagent/provide"
 
 // provideFlags are those of guestctl provide.
 type provideFlags struct {
-	vm, listen, listenMux, target, name string
-	cid                                 uint32
-	source                              host.Folder
-	refresh                             refreshFlags
-	state, socket, group, owner         string
+	vm, listen, listenMux, target string
+	cid                           uint32
+	source                        host.Folder
+	refresh                       refreshFlags
+	state, socket, group, owner   string
 }
 
 func (p *program) provide() *cobra.Command {
@@ -198,7 +197,6 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 	if f.socket == "" {
 		f.socket = filepath.Join(stateDir, where.name+".sock")
 	}
-	host.PrivateUmask()
 	log := slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
 		if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
 			return slog.Attr{} // the journal has it
@@ -222,11 +220,6 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	notify := func(state string) {
-		if _, err := daemon.SdNotify(false, state); err != nil {
-			log.Warn("telling systemd failed", slog.String("error", err.Error()))
-		}
-	}
 	reload := make(chan struct{}, 1)
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -248,7 +241,7 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 	pr := &host.Provider{
 		Name: where.name, Target: where.target, Source: f.source, Labels: labels, Refresh: refresh, Gate: gate,
 		Local: local, Reload: reload, Version: version, Log: log,
-		Status: func(line string) { notify("STATUS=" + line) },
+		Status: func(line string) { host.Notify(log, "STATUS="+line) },
 	}
 	listening, err := f.doorbell(ctx, where, pr, log)
 	if err != nil {
@@ -257,12 +250,12 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 	go func() {
 		select {
 		case <-listening:
-			notify(daemon.SdNotifyReady)
+			host.Notify(log, host.NotifyReady)
 		case <-ctx.Done():
 		}
 	}()
 	err = pr.Run(ctx)
-	notify(daemon.SdNotifyStopping)
+	host.Notify(log, host.NotifyStopping)
 	return err
 }
 

@@ -268,7 +268,7 @@ func TestPullRequired(t *testing.T) {
 
 	// An address that makes no sense is not waited for.
 	g.write(pathConfig, `{"provider": {"address": "vsock-mux:/x", "required": true}}`)
-	ready, ended, _ = g.pulling()
+	_, ended, _ = g.pulling()
 	if err := <-ended; !errors.Is(err, ErrProviderUnreachable) {
 		t.Errorf("Pull with a bad address = %v, want ErrProviderUnreachable", err)
 	}

@@ -361,7 +361,7 @@ func TestBootWriteRefuses(t *testing.T) {
 
 func TestBootOwner(t *testing.T) {
 	c := BootConfig{VMM: VMMQEMU, Out: outFolder(t), OEMConfig: OEMConfig{Dir: credentialFolder(t, map[string]string{"a": "1"})}}
-	for owner, want := range map[string]string{"no such user": "looking up the user", "": "", "0:no such group": "looking up the group", ":": "looking up the user", "-1:-1": "looking up"} {
+	for owner, want := range map[string]string{"no such user": "parsing the owner", "": "", "0:no such group": "parsing the owner", ":": "parsing the owner", "-1:-1": "parsing the owner"} {
 		c.Owner = owner
 		b, err := PlanBoot(c)
 		if err != nil {

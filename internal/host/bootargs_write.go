@@ -45,29 +45,23 @@ func lookupOwner(s string) (o fileOwner, err error) {
 	if s == "" {
 		return o, nil
 	}
-	name, group, hasGroup := strings.Cut(s, ":")
-	u, err := user.Lookup(name)
+	uid, gid, err := ParseOwner(s)
 	if err != nil {
-		u, err = user.LookupId(name)
+		return o, fmt.Errorf("%w; --owner is USER or USER:GROUP", err)
 	}
-	switch uid, numErr := strconv.Atoi(name); {
-	case err == nil:
-		name = u.Uid
-	case numErr != nil || uid < 0 || !hasGroup:
-		return o, fmt.Errorf("looking up the user %q: there is none; --owner is USER or USER:GROUP", name)
+	if uid == nil {
+		return o, fmt.Errorf("looking up the owner %q: --owner is USER or USER:GROUP", s)
 	}
-	if !hasGroup {
-		group = u.Gid
-	} else if g, err := user.LookupGroup(group); err == nil {
-		group = g.Gid
+	if gid == nil {
+		u, err := user.LookupId(strconv.Itoa(*uid))
+		if err == nil {
+			gid, err = lookupGroup(u.Gid)
+		}
+		if err != nil {
+			return o, fmt.Errorf("looking up the group of user %d: %w; --owner is USER:GROUP then", *uid, err)
+		}
 	}
-	o.uid, err = strconv.Atoi(name)
-	if err == nil {
-		o.gid, err = strconv.Atoi(group)
-	}
-	if err != nil || o.gid < 0 {
-		return o, fmt.Errorf("looking up the group %q: there is none; --owner is USER or USER:GROUP", group)
-	}
+	o.uid, o.gid = *uid, *gid
 	o.other = o.uid != os.Geteuid()
 	return o, nil
 }

@@ -13,13 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PrivateUmask has all files that this process makes from now on be for its
-// user alone, whatever mode they are made with. It is the whole process's, so
-// it comes first, before there are goroutines. [ListenMux] and [ListenLocal]
-// set their modes themselves, and work with any umask that lets the owner read
-// and write.
-func PrivateUmask() { unix.Umask(0o077) }
-
 // maxEarly bounds how many connections may come before our own, in listen.
 const maxEarly = 1024
 

@@ -474,10 +474,7 @@ func TestMuxUmask(t *testing.T) {
 	checkFile(t, uds+"_1", os.Geteuid(), os.Getegid(), unix.S_IFSOCK|0o600)
 	_ = m.Close()
 
-	PrivateUmask()
-	if got := unix.Umask(0o077); got != 0o077 {
-		t.Errorf("PrivateUmask set %#o, want 077", got)
-	}
+	unix.Umask(0o077)
 	m, _ = mux(t, MuxConfig{Path: uds, Port: 1})
 	checkFile(t, uds+"_1", os.Geteuid(), os.Getegid(), unix.S_IFSOCK|0o600)
 	_ = m.Close()

@@ -8,9 +8,6 @@ import (
 	"net"
 )
 
-// PrivateUmask does nothing here.
-func PrivateUmask() {}
-
 // ListenLocal is for Linux.
 func ListenLocal(path, _ string) (net.Listener, error) {
 	return nil, fmt.Errorf("listening at %q: %w; run the provider on Linux", path, errors.ErrUnsupported)

@@ -76,8 +76,8 @@ type Provider struct {
 	// Log gets what happens. It must not be nil.
 	Log *slog.Logger
 
-	dial  func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc's
-	again time.Duration                                                    // 0 is againAfter
+	dial        func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc's
+	again, look time.Duration                                                    // 0 are againAfter and lookPause
 
 	// telling is held while the status is told, so that the last line is the
 	// last state.
@@ -91,6 +91,7 @@ type Provider struct {
 	wake   chan struct{} // there is something to do
 	reach  chan struct{} // the guest answers: watch it now
 	synced string        // boot ID and generation that were last found, or made, right
+	stale  string        // which units were not refreshed then
 }
 
 // Run runs the provider until ctx ends, or the doorbell fails for good.
@@ -101,7 +102,7 @@ func (p *Provider) Run(ctx context.Context) error {
 	if p.dial == nil {
 		p.dial = vsockrpc.Dial
 	}
-	p.again = cmp.Or(p.again, againAfter)
+	p.again, p.look = cmp.Or(p.again, againAfter), cmp.Or(p.look, lookPause)
 	p.set(vsockrpc.GuestWaiting, "")
 	var wg sync.WaitGroup
 	serve := func(s *vsockrpc.Server, l net.Listener) {
@@ -287,7 +288,7 @@ func (p *Provider) keep(ctx context.Context) {
 			return
 		}
 		// Anybody in the guest may ring, and as often as he likes.
-		begun := time.After(lookPause)
+		begun := time.After(p.look)
 		p.mu.Lock()
 		rings := p.rings
 		p.rings = nil
@@ -344,7 +345,10 @@ func (p *Provider) reconcile(ctx context.Context) *notYet {
 	poke(p.reach)
 	p.tried(r, creds)
 	if !given && inForce(r, creds) {
-		return p.right(r.BootID, r.Generation)
+		if !p.isSynced(r) {
+			p.setSynced(r.BootID, r.Generation, "")
+		}
+		return p.right()
 	}
 	p.set(vsockrpc.GuestApplying, "")
 	return p.apply(ctx, r, creds)
@@ -434,16 +438,18 @@ func inForce(r *vsockrpc.Report, creds []vsockrpc.Credential) bool {
 const stateMissing = "missing"
 
 // right is the end of a set that is in force.
-func (p *Provider) right(bootID string, generation int64) *notYet {
-	p.setSynced(bootID, generation)
-	p.set(vsockrpc.GuestInForce, "")
+func (p *Provider) right() *notYet {
+	p.mu.Lock()
+	stale := p.stale
+	p.mu.Unlock()
+	p.set(vsockrpc.GuestInForce, stale)
 	return nil
 }
 
-func (p *Provider) setSynced(bootID string, generation int64) {
+func (p *Provider) setSynced(bootID string, generation int64, stale string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.synced = fmt.Sprintf("%s %d", bootID, generation)
+	p.synced, p.stale = fmt.Sprintf("%s %d", bootID, generation), stale
 }
 
 func (p *Provider) isSynced(r *vsockrpc.Report) bool {
@@ -467,12 +473,13 @@ func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, creds []v
 	}
 	switch f := res.Error; {
 	case f == nil && len(res.Refusals) == 0:
-		return p.right(report.BootID, *res.Generation)
+		p.setSynced(report.BootID, *res.Generation, "")
+		return p.right()
 	case f == nil || f.Code == CodeRefreshFailed:
 		return p.partly(report.BootID, res)
 	case f.Code == CodeRolledBack:
 		p.rejected(report, f, creds)
-		p.setSynced(report.BootID, *f.Generation)
+		p.setSynced(report.BootID, *f.Generation, "")
 		return nil
 	case f.Code == CodeRefused:
 		p.set(vsockrpc.GuestRefused, f.Message)
@@ -508,7 +515,7 @@ func (p *Provider) partly(bootID string, res Result) *notYet {
 		}
 		lines = append(lines, vsockrpc.Escape(r.String(), maxDetail))
 	}
-	p.setSynced(bootID, *res.Generation)
+	p.setSynced(bootID, *res.Generation, "")
 	const most = 3
 	problem := strings.Join(lines[:min(most, len(lines))], "; ")
 	if more := len(lines) - most; more > 0 {
@@ -516,7 +523,8 @@ func (p *Provider) partly(bootID string, res Result) *notYet {
 	}
 	switch {
 	case len(lines) == 0:
-		p.set(vsockrpc.GuestInForce, res.Error.Message)
+		p.setSynced(bootID, *res.Generation, res.Error.Message)
+		return p.right()
 	case again == len(lines):
 		p.set(vsockrpc.GuestRolledBack, problem)
 	default:

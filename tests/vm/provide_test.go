@@ -222,3 +222,41 @@ func testProvided(t *testing.T, m *vm.Machine, first []byte) {
 		t.Errorf("the provider's status = %q", out)
 	}
 }
+
+// BenchmarkBoot is how long PID 1 takes to boot a container: with a provider beside it that nobody asks, with one that hands
+// over a credential, and with the boot held until it has. The provider is in the container, and takes its share each time.
+func BenchmarkBoot(b *testing.B) {
+	vmtest.Releases(b) // skips before anything is built
+	files := append(agentFiles(b), hostProvider()...)
+	files = append(files, vm.File{
+		Path: "/etc/systemd/system/" + hostService + ".d/at-once.conf", Content: []byte("[Service]\nExecStartPre=\n"),
+	}, vm.File{Path: hostFolder + "boot", Mode: 0o600, Content: newValue()})
+	files = append(files, consumersOfBoot("boot")...)
+	pulls := vm.File{Path: agentConfig, Content: fmt.Appendf(nil, providerPlace, "")}
+	holds := vm.File{Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf"}
+	// Nobody hands over what a service waits for.
+	silent := vm.File{Path: "/etc/systemd/system/waiting.service", Symlink: "/dev/null"}
+	for _, bb := range []struct {
+		name string
+		more []vm.File
+	}{{"not asked", nil}, {"pulled", []vm.File{pulls}}, {"held", []vm.File{pulls, holds}}} {
+		b.Run(bb.name, func(b *testing.B) {
+			var times []float64
+			for b.Loop() {
+				m := vmtest.StartContainer(b, vm.ContainerConfig{Overlay: slices.Concat(files, bb.more, []vm.File{silent})})
+				out := vmtest.Run(b, m, "systemctl", "show", "--property=UserspaceTimestampMonotonic", "--property=FinishTimestampMonotonic")
+				var begin, end float64
+				for line := range strings.Lines(out) {
+					_, _ = fmt.Sscanf(line, "UserspaceTimestampMonotonic=%g", &begin)
+					_, _ = fmt.Sscanf(line, "FinishTimestampMonotonic=%g", &end)
+				}
+				times = append(times, (end-begin)/1000)
+				if err := m.Close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			slices.Sort(times)
+			b.ReportMetric(times[len(times)/2], "ms/boot")
+		})
+	}
+}

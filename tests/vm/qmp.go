@@ -241,7 +241,7 @@ func (q *qmp) do(command string, args any) error {
 	if err != nil {
 		return err
 	}
-	if _, err := q.conn.Write(b); err != nil {
+	if _, err := q.conn.Write(append(b, '\n')); err != nil {
 		return fmt.Errorf("asking QEMU for %s: %w", command, errors.Join(err, context.Cause(q.ctx)))
 	}
 	for {

@@ -30,10 +30,12 @@ const (
 func vsockFiles(t testing.TB) []vm.File {
 	t.Helper()
 	return append(service("vsockpeer.service", "[Service]", "Type=notify", fmt.Sprintf("ExecStart=%s serve %d", vsockPeer, guestPort)),
-		vm.File{
-			Path: vsockPeer, Mode: 0o755,
-			Source: vmtest.Binary(t, "github.com/guestagent/guestagent/tests/vm/vsockpeer"),
-		})
+		vsockPeerFile(t))
+}
+
+func vsockPeerFile(t testing.TB) vm.File {
+	t.Helper()
+	return vm.File{Path: vsockPeer, Mode: 0o755, Source: vmtest.Binary(t, "github.com/guestagent/guestagent/tests/vm/vsockpeer")}
 }
 
 // dialVsock dials guestPort and returns the peer that the guest saw.

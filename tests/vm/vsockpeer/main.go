@@ -5,6 +5,8 @@
 //	vsockpeer cid              prints the CID of this machine
 //	vsockpeer bind PORT        binds the port and ends
 //	vsockpeer dial CID PORT    writes a line, and prints the line that comes back
+//	vsockpeer call CID PORT MESSAGE
+//	                           writes the message and a NUL, and prints what comes back up to a NUL
 //	vsockpeer serve PORT       answers each connection with the peer's CID and port, then with what it gets
 //
 // Where the kernel says no, it prints the name of the error, such as EACCES, and ends with status 1. It is for tests

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var errUsage = errors.New("usage: vsockpeer cid | bind PORT | dial CID PORT | serve PORT")
+var errUsage = errors.New("usage: vsockpeer cid | bind PORT | dial CID PORT | call CID PORT MESSAGE | serve PORT")
 
 // errorName returns the name of the kernel's error in err, or "".
 func errorName(err error) string {
@@ -24,12 +24,12 @@ func errorName(err error) string {
 }
 
 func run(args []string, out io.Writer) error {
-	want := map[string]int{"cid": 1, "bind": 2, "dial": 3, "serve": 2}
+	want := map[string]int{"cid": 1, "bind": 2, "dial": 3, "call": 4, "serve": 2}
 	if len(args) == 0 || want[args[0]] != len(args) {
 		return errUsage
 	}
 	var numbers []uint32
-	for _, s := range args[1:] {
+	for _, s := range args[1:min(len(args), 3)] {
 		n, err := strconv.ParseUint(s, 10, 32)
 		if err != nil {
 			return errUsage
@@ -47,7 +47,9 @@ func run(args []string, out io.Writer) error {
 		}
 		return l.Close()
 	case "dial":
-		return dial(numbers[0], numbers[1], out)
+		return dial(numbers[0], numbers[1], "hello from the guest\n", '\n', out)
+	case "call":
+		return dial(numbers[0], numbers[1], args[3]+"\x00", 0, out)
 	}
 	return serve(numbers[0])
 }
@@ -87,7 +89,8 @@ func bind(port uint32) (*os.File, error) {
 	return l, nil
 }
 
-func dial(peer, port uint32, out io.Writer) error {
+// dial says something, and prints what comes back up to end.
+func dial(peer, port uint32, say string, end byte, out io.Writer) error {
 	conn, err := socket()
 	if err != nil {
 		return err
@@ -96,12 +99,12 @@ func dial(peer, port uint32, out io.Writer) error {
 	if err := unix.Connect(int(conn.Fd()), &unix.SockaddrVM{CID: peer, Port: port}); err != nil {
 		return fmt.Errorf("connecting to %d:%d: %w", peer, port, err)
 	}
-	if _, err := io.WriteString(conn, "hello from the guest\n"); err != nil {
+	if _, err := io.WriteString(conn, say); err != nil {
 		return err
 	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
+	line, err := bufio.NewReader(conn).ReadString(end)
 	if err != nil {
-		return fmt.Errorf("reading a line: %w", err)
+		return fmt.Errorf("reading an answer: %w", err)
 	}
 	_, err = io.WriteString(out, line)
 	return err

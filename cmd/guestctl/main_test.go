@@ -4,11 +4,15 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -29,11 +33,13 @@ func TestScripts(t *testing.T) {
 			env.Setenv("GORACE", "atexit_sleep_ms=0")
 			env.Values["hostile"] = map[string]*hosttest.HostileGuest{}
 			env.Values["guests"] = map[string]*hosttest.Guest{}
+			env.Values["notify"] = map[string]*net.UnixConn{}
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"interrupt": interrupt, "vm": vm, "guest": guest, "hostile": hostile, "value": value, "calls": calls,
 			"waits": waits, "trial": trial, "nosystemd": noSystemd,
+			"notify": notify, "told": told, "gets": gets, "signal": signalAll, "hup": hup,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
@@ -152,6 +158,93 @@ func noSystemd(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: nosystemd GUEST PROBLEM")
 	}
 	guests(ts)[args[0]].NoSystemd(args[1])
+}
+
+// patience bounds the wait for what a program should do by itself.
+const patience = 30 * time.Second
+
+// await waits until cond is true, which it asks again and again.
+func await(ts *testscript.TestScript, what string, cond func() bool) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(patience)
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-late:
+			ts.Fatalf("waiting in vain for %s", what)
+		}
+	}
+}
+
+// notify plays the service manager for what is started from then on.
+func notify(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: notify")
+	}
+	path := ts.MkAbs("notify.sock")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: path})
+	ts.Check(err)
+	ts.Defer(func() { _ = conn.Close() })
+	ts.Value("notify").(map[string]*net.UnixConn)["notify"] = conn
+	ts.Setenv("NOTIFY_SOCKET", path)
+}
+
+// told REGEXP waits until the service manager is told that, and passes over
+// what comes before.
+func told(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: told REGEXP")
+	}
+	re, err := regexp.Compile(args[0])
+	ts.Check(err)
+	conn := ts.Value("notify").(map[string]*net.UnixConn)["notify"]
+	ts.Check(conn.SetReadDeadline(time.Now().Add(patience)))
+	b := make([]byte, 64<<10)
+	for {
+		n, err := conn.Read(b)
+		if err != nil {
+			ts.Fatalf("waiting to be told %s: %v", re, err)
+		}
+		ts.Logf("told %q", b[:n])
+		if re.Match(b[:n]) {
+			return
+		}
+	}
+}
+
+// [!] gets GUEST NAME [FILE] waits until a guest has a value, or none.
+func gets(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 || len(args) == 2 != neg {
+		ts.Fatalf("usage: [!] gets GUEST NAME [FILE]")
+	}
+	await(ts, strings.Join(args, " "), func() bool {
+		got, ok := guests(ts)[args[0]].Value(args[1])
+		return ok == !neg && (neg || got == ts.ReadFile(args[2]))
+	})
+}
+
+// signal NAME sends a signal to what runs in the background.
+func signalAll(ts *testscript.TestScript, neg bool, args []string) {
+	sig, ok := map[string]os.Signal{"TERM": syscall.SIGTERM, "HUP": syscall.SIGHUP}[strings.Join(args, " ")]
+	if neg || !ok {
+		ts.Fatalf("usage: signal TERM|HUP")
+	}
+	for _, c := range ts.BackgroundCmds() {
+		ts.Check(c.Process.Signal(sig))
+	}
+}
+
+// hup GUEST sends SIGHUP to what runs in the background, which has to look at
+// the guest then.
+func hup(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: hup GUEST")
+	}
+	g := guests(ts)[args[0]]
+	before := g.Asked()
+	signalAll(ts, false, []string{"HUP"})
+	await(ts, "a look at "+args[0], func() bool { return g.Asked() > before })
 }
 
 // terminal runs guestctl as on a terminal.

@@ -35,6 +35,7 @@ const (
 	// maxReadings is how often Read begins again. The pauses between double,
 	// and are half a second together.
 	maxReadings      = 9
+	maxMissing       = 3 // of them, where something is not there
 	firstReadPause   = 2 * time.Millisecond
 	maxSurveys       = 5
 	settleQuiet      = 100 * time.Millisecond
@@ -109,9 +110,12 @@ func steadily(take func(*snapshot) ([]vsockrpc.Credential, error)) ([]vsockrpc.C
 			<-time.After(pause)
 			pause *= 2
 		}
-		if creds, steady, err := once(); steady {
+		creds, steady, err := once()
+		// A folder that is switched while it is looked for may seem not to be there.
+		if steady && (i >= maxMissing || !errors.Is(err, fs.ErrNotExist)) {
 			return creds, err
 		}
+		Wipe(creds)
 	}
 	return nil, fmt.Errorf("something changed during each of %d readings; whoever writes the files should write a complete one, or a folder of them, and rename it to its name", maxReadings)
 }

@@ -179,6 +179,9 @@ func (f folder) listenOn(fd int, name string) (*boundSocket, error) {
 			return nil, errSwapped
 		}
 	}
+	if errors.Is(err, unix.EROFS) {
+		return nil, fmt.Errorf("bind: %w; name the folder in the unit's ReadWritePaths=, or the one above where it is made anew with its VM, and restart the provider", err)
+	}
 	if err != nil {
 		return nil, os.NewSyscallError("bind", err)
 	}

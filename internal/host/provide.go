@@ -35,6 +35,9 @@ const (
 	ringConns = 8
 	// statusConns are those on the local socket.
 	statusConns = 16
+	// maxReport bounds what a guest says of itself, in bytes, so that it fits into
+	// the status.
+	maxReport = vsockrpc.MessageLimit - 64<<10
 	// ringMessage bounds what a guest may send, in bytes.
 	ringMessage = 4 << 10
 )
@@ -100,7 +103,7 @@ func (p *Provider) Run(ctx context.Context) error {
 	defer cancel(nil)
 	p.wake, p.reach = make(chan struct{}, 1), make(chan struct{}, 1)
 	if p.dial == nil {
-		p.dial = vsockrpc.Dial
+		p.dial = vsockrpc.Dialer{MessageLimit: maxReport}.Dial
 	}
 	p.again, p.look = cmp.Or(p.again, againAfter), cmp.Or(p.look, lookPause)
 	p.set(vsockrpc.GuestWaiting, "")
@@ -611,7 +614,10 @@ func (p *Provider) watchOnce(ctx context.Context) (reached bool, err error) {
 		p.heard(r)
 		// A change that somebody else made while the guest was reached all the
 		// time is for the next reason to look.
-		if r != nil && !reached && !p.isSynced(r) || p.current() == vsockrpc.GuestWaiting {
+		switch state := p.current(); {
+		case state == vsockrpc.GuestWaiting,
+			r != nil && !reached && !p.isSynced(r),
+			r != nil && state == vsockrpc.GuestRolledBack && len(r.Rejected) == 0: // somebody had it tried again
 			p.poke()
 		}
 		reached = true

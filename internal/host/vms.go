@@ -28,10 +28,6 @@ type Guest struct {
 	Provider ProviderAddress
 }
 
-// DefaultProviderPort is the vsock port of the host that a guest calls its
-// provider at.
-const DefaultProviderPort = 1021
-
 // A ProviderAddress says where the provider of one guest listens on the host.
 type ProviderAddress struct {
 	// Port is what the guest dials on CID 2. Over AF_VSOCK the VMs of a host
@@ -173,7 +169,7 @@ func parseVM(b []byte, name string) (Guest, error) {
 	if err != nil {
 		return Guest{}, err
 	}
-	g := Guest{Name: name, Target: t, Provider: ProviderAddress{Port: DefaultProviderPort, Socket: providerDir + name + ".sock"}}
+	g := Guest{Name: name, Target: t, Provider: ProviderAddress{Port: vsockrpc.DefaultProviderPort, Socket: providerDir + name + ".sock"}}
 	if p := doc.Provider.Port; p != nil {
 		if err := checkProviderPort(*p, t.Scheme); err != nil {
 			return Guest{}, err
@@ -243,7 +239,7 @@ func (r Registry) Resolve(list string) ([]Guest, error) {
 			if err != nil {
 				return nil, fmt.Errorf("%w: %w, or the name of a VM", ErrTargets, err)
 			}
-			add(Guest{Name: word, Target: t, Provider: ProviderAddress{Port: DefaultProviderPort}})
+			add(Guest{Name: word, Target: t, Provider: ProviderAddress{Port: vsockrpc.DefaultProviderPort}})
 			continue
 		}
 		const meta = `*?[]^\`

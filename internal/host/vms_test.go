@@ -153,8 +153,8 @@ func TestProviderOfVM(t *testing.T) {
 	}
 
 	guests, err := Registry{}.Resolve("vsock:9")
-	if err != nil || guests[0].Provider != (ProviderAddress{Port: DefaultProviderPort}) {
-		t.Errorf("Resolve(vsock:9) = %v, %v, want a provider at port %d without a socket", guests, err, DefaultProviderPort)
+	if err != nil || guests[0].Provider != (ProviderAddress{Port: vsockrpc.DefaultProviderPort}) {
+		t.Errorf("Resolve(vsock:9) = %v, %v, want a provider at port %d without a socket", guests, err, vsockrpc.DefaultProviderPort)
 	}
 }
 

@@ -1,5 +1,6 @@
-// Package fleet measures one guestctl that updates many agents, all of them
-// processes as they are shipped. Its only content is a benchmark (`make bench`).
+// Package fleet has many guests on this machine, all of them processes as they
+// are shipped. It measures (`make bench`) one guestctl that updates their agents,
+// and providers that they get their first set from at once, which is a test, too.
 package fleet
 
 import (
@@ -98,7 +99,7 @@ func run(b *testing.B, args ...string) (string, cost) {
 }
 
 // build builds a program as `make build` does.
-func build(b *testing.B, name string) string {
+func build(b testing.TB, name string) string {
 	b.Helper()
 	out := filepath.Join(b.TempDir(), name)
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, "github.com/guestagent/guestagent/cmd/"+name)
@@ -112,7 +113,7 @@ func build(b *testing.B, name string) string {
 // start starts an agent below root, which gets its local socket as systemd
 // hands it over: it is there at once, and nobody listens on vsock.
 func start(program, root string) (*exec.Cmd, error) {
-	if err := os.Mkdir(root, 0o700); err != nil {
+	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: socket(root)})
@@ -172,14 +173,15 @@ func each(atATime, n int, do func(i int)) {
 	wg.Wait()
 }
 
-// resident is what /proc says a process has in memory, in bytes.
-func resident(b *testing.B, pid int) int64 {
+// resident is what /proc says a process has in memory, in bytes: all of it
+// (VmRSS), or what no other shares (RssAnon).
+func resident(b testing.TB, pid int, what string) int64 {
 	b.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	_, rest, _ := strings.Cut(string(text), what+":")
 	line, _, _ := strings.Cut(rest, "\n")
 	kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(line, "kB")), 10, 64)
 	if err != nil {
@@ -247,7 +249,7 @@ func BenchmarkFleet(b *testing.B) {
 			}
 			var memory int64
 			for _, a := range agents {
-				memory += resident(b, a.Process.Pid)
+				memory += resident(b, a.Process.Pid, "VmRSS")
 			}
 			b.ReportMetric(float64(sum.Wall.Nanoseconds())/float64(b.N), "ns/op")
 			b.ReportMetric(sum.CPU.Seconds()*1000/float64(b.N), "guestctl-cpu-ms/op")

@@ -20,7 +20,11 @@ const (
 	hostService   = "host-provider.service"
 	hostBell      = "/run/host-bell.sock"
 	hostStarted   = "/run/host-started"
-	providerPlace = `{"provider": {"address": "unix:` + hostBell + `"%s}}`
+	hostArguments = "--listen unix:" + hostBell + " --target unix:/run/guestagent/varlink.sock --dir " + hostFolder
+	asks          = `{"provider": {"address": "unix:` + hostBell + `"}}`
+	asksOnce      = `{"provider": {"address": "unix:` + hostBell + `", "timeout": 1}}`
+	requires      = `{"provider": {"address": "unix:` + hostBell + `", "timeout": 1, "required": true}}`
+	asksElsewhere = `{"provider": {"address": "unix:/run/hang.sock", "timeout": 1}}`
 )
 
 // hostProvider is the provider of a container. It starts when it is told to, so early that nothing has to wait for the
@@ -29,7 +33,7 @@ func hostProvider() []vm.File {
 	return wanted("sysinit.target", hostService, lines(
 		"[Unit]", "DefaultDependencies=no", "[Service]", "Type=notify", "TimeoutStartSec=infinity",
 		"ExecStartPre=/bin/sh -c 'until test -e "+hostStarted+"; do sleep 0.05; done'",
-		"ExecStart=/usr/bin/guestctl provide --listen unix:"+hostBell+" --target unix:/run/guestagent/varlink.sock --dir "+hostFolder,
+		"ExecStart=/usr/bin/guestctl provide "+hostArguments,
 	))
 }
 
@@ -90,7 +94,7 @@ func TestProvide(t *testing.T) {
 		return vmtest.StartContainer(t, vm.ContainerConfig{
 			Image: vmtest.Image(t, release), WaitFor: vm.UntilGuest,
 			Overlay: slices.Concat(files, consumersOfBoot("boot"), more, []vm.File{
-				{Path: agentConfig, Content: fmt.Appendf(nil, providerPlace, config)},
+				{Path: agentConfig, Content: []byte(config)},
 				{Path: hostFolder + "boot", Mode: 0o600, Content: value},
 			}),
 		})
@@ -106,14 +110,12 @@ func TestProvide(t *testing.T) {
 		t.Parallel()
 		t.Run("late", func(t *testing.T) {
 			value := newValue()
-			m := boot(t, release, value, "")
+			m := boot(t, release, value, asks)
 			// Who comes after the target waits, and nobody else does.
 			untilState(t, m, "active", "plain.service", "sysinit.target", "basic.target")
 			wantActive(t, m, credTarget, "inactive")
 			wantActive(t, m, "ordered.service", "inactive")
-			if got := providerState(t, m); got != vsockrpc.ProviderWaiting {
-				t.Errorf("the provider's state = %q, want waiting", got)
-			}
+			eventually(t, "the provider is asked", func() bool { return providerState(t, m) == vsockrpc.ProviderWaiting })
 			hostStart(t, m)
 			ready(t, m)
 			untilState(t, m, "active", "ordered.service", "waiting.service", credTarget)
@@ -126,7 +128,7 @@ func TestProvide(t *testing.T) {
 		})
 		t.Run("held", func(t *testing.T) {
 			value := newValue()
-			m := boot(t, release, value, "", vm.File{
+			m := boot(t, release, value, asks, vm.File{
 				Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf",
 			})
 			untilState(t, m, "active", "sysinit.target", "sockets.target")
@@ -137,7 +139,7 @@ func TestProvide(t *testing.T) {
 		})
 		t.Run("absent", func(t *testing.T) {
 			value := newValue()
-			m := boot(t, release, value, `, "timeout": 1`)
+			m := boot(t, release, value, asksOnce)
 			untilState(t, m, "active", "ordered.service", pullService, credTarget)
 			r := guestReport(t, m)
 			if r.Provider.State != vsockrpc.ProviderUnreachable || !slices.Contains(reasonCodes(r), "providerUnreachable") {
@@ -155,9 +157,37 @@ func TestProvide(t *testing.T) {
 				t.Errorf("the reasons = %q", got)
 			}
 		})
+		t.Run("hanging", func(t *testing.T) {
+			// Somebody listens there, and says nothing. Then the provider comes, and calls.
+			m := boot(t, release, newValue(), asksElsewhere, slices.Concat(
+				wanted("sysinit.target", "hang.socket", lines("[Unit]", "DefaultDependencies=no", "[Socket]", "ListenStream=/run/hang.sock")),
+				[]vm.File{{Path: "/etc/systemd/system/hang.service", Content: []byte(loads())}},
+			)...)
+			untilState(t, m, "active", "ordered.service", credTarget)
+			if got := providerState(t, m); got != vsockrpc.ProviderUnreachable {
+				t.Errorf("the provider's state = %q, want unreachable", got)
+			}
+			hostStart(t, m)
+			untilState(t, m, "active", "waiting.service")
+			eventually(t, "the pull has ended", func() bool { return show(t, m, pullService, "SubState") == "exited" })
+		})
+		t.Run("dying", func(t *testing.T) {
+			// A provider that is killed again and again while it is asked, and while it hands over.
+			value := newValue()
+			m := boot(t, release, value, asks, vm.File{
+				Path: "/etc/systemd/system/" + hostService + ".d/dying.conf",
+				Content: []byte(lines("[Unit]", "StartLimitIntervalSec=0", "[Service]", "NotifyAccess=all", "Restart=always", "RestartSec=10ms", "ExecStart=",
+					"ExecStart=/bin/sh -c 'n=$$(cat /run/deaths || echo 10); echo $$((n+1)) > /run/deaths; "+
+						"test $$n -ge 40 || exec timeout --signal=KILL 0.0$$n guestctl provide "+hostArguments+"; exec guestctl provide "+hostArguments+"'")),
+			})
+			hostStart(t, m)
+			untilState(t, m, "active", "ordered.service", "waiting.service")
+			wantLines(t, "who has it", given(t, m, "boot", value, "ordered.service", "waiting.service"), []string{"ordered.service", "waiting.service"})
+			untilState(t, m, "active", hostService)
+		})
 		t.Run("required", func(t *testing.T) {
 			value := newValue()
-			m := boot(t, release, value, `, "timeout": 1, "required": true`)
+			m := boot(t, release, value, requires)
 			untilState(t, m, "failed", pullService)
 			untilState(t, m, "active", "plain.service")
 			wantActive(t, m, credTarget, "inactive")
@@ -232,7 +262,7 @@ func BenchmarkBoot(b *testing.B) {
 		Path: "/etc/systemd/system/" + hostService + ".d/at-once.conf", Content: []byte("[Service]\nExecStartPre=\n"),
 	}, vm.File{Path: hostFolder + "boot", Mode: 0o600, Content: newValue()})
 	files = append(files, consumersOfBoot("boot")...)
-	pulls := vm.File{Path: agentConfig, Content: fmt.Appendf(nil, providerPlace, "")}
+	pulls := vm.File{Path: agentConfig, Content: []byte(asks)}
 	holds := vm.File{Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf"}
 	// Nobody hands over what a service waits for.
 	silent := vm.File{Path: "/etc/systemd/system/waiting.service", Symlink: "/dev/null"}

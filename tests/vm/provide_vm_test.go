@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -116,6 +117,7 @@ func TestProvideVM(t *testing.T) {
 		switch {
 		case release.Systemd >= 260:
 			cfg.CommandLine = []string{"guestagent.provider=vsock:2:1021"}
+			cfg.OEMStrings = vm.OEM("io.systemd.credential:vmm.notify_socket=vsock-stream:2:1019")
 			cfg.Overlay = append(cfg.Overlay, vm.File{
 				Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf",
 			})
@@ -125,8 +127,13 @@ func TestProvideVM(t *testing.T) {
 		default:
 			cfg.OEMStrings = vm.OEM("io.systemd.credential:guestagent.provider=vsock:2")
 		}
+		told := listenPID1(t, h.vsock, 1019)
 		m := vmtest.Boot(t, cfg)
 		untilState(t, m, "active", append(all, credTarget)...)
+		if release.Systemd >= 260 {
+			// The host learns of the target from PID 1 itself.
+			eventually(t, "PID 1 tells of the target", func() bool { return slices.Contains(told(), "X_SYSTEMD_UNIT_ACTIVE="+credTarget) })
+		}
 		if got := given(t, m, "boot", value, all...); !slices.Equal(got, all) {
 			t.Errorf("%q have the credential at their first start, want %q", got, all)
 		}
@@ -203,6 +210,43 @@ func TestProvideVM(t *testing.T) {
 		})
 		t.Run("core", func(t *testing.T) { testNoCore(t, h, value) })
 	})
+}
+
+// listenPID1 takes what a guest's PID 1 says to its VMM on a vsock port (vmm.notify_socket), and returns what it has said.
+func listenPID1(t *testing.T, vsock string, port uint32) (told func() []string) {
+	t.Helper()
+	l, err := vm.ListenVsock(t.Context(), vsock, port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var lines []string
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			// One message per connection, whose end PID 1 waits for.
+			b := make([]byte, 4096)
+			n, _ := conn.Read(b)
+			_ = conn.Close()
+			mu.Lock()
+			lines = append(lines, strings.Fields(string(b[:n]))...)
+			mu.Unlock()
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-done
+	})
+	return func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(lines)
+	}
 }
 
 // checkBooted checks a guest that has booted anew since the report.

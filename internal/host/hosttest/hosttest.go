@@ -741,7 +741,7 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 				"reasons":  []vsockrpc.Reason{{Code: Escapes, Detail: Escapes, Hint: Escapes}},
 				"provider": vsockrpc.ProviderState{Address: Escapes, State: Escapes, Since: Escapes, Problem: Escapes},
 			},
-			"refusals":         []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
+			"refusals": []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
 		}})
 	},
 	"garbage": func(_ context.Context, conn net.Conn) { _, _ = conn.Write([]byte("\x1b[31mhello\x00")) },

@@ -93,6 +93,7 @@ type Provider struct {
 
 	wake   chan struct{} // there is something to do
 	reach  chan struct{} // the guest answers: watch it now
+	step   Code          // at which reaching the guest failed last
 	synced string        // boot ID and generation that were last found, or made, right
 	stale  string        // which units were not refreshed then
 }
@@ -340,7 +341,7 @@ func (p *Provider) reconcile(ctx context.Context) *notYet {
 	r, err := p.ask(ctx)
 	if err != nil {
 		f := failure(err, fateUntouched, ctx.Err() != nil)
-		p.set(vsockrpc.GuestWaiting, f.Message)
+		p.waiting(f)
 		// Whoever watches tells when the guest can be reached.
 		return &notYet{toGuest: "the agent cannot be reached from the host"}
 	}
@@ -491,7 +492,7 @@ func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, creds []v
 		p.set(vsockrpc.GuestApplying, f.Message)
 		return &notYet{toGuest: "another set is on trial", after: p.again}
 	default:
-		p.set(vsockrpc.GuestWaiting, f.Message)
+		p.waiting(f)
 		return &notYet{toGuest: "the set could not be handed over", after: p.again}
 	}
 }
@@ -569,7 +570,7 @@ func (p *Provider) watchGuest(ctx context.Context) {
 		f := failure(err, fateUntouched, false)
 		p.Log.Debug("the guest cannot be watched", slog.String("vm", p.Name), slog.String("problem", f.Message))
 		if reached || p.current() != vsockrpc.GuestUnreadable {
-			p.lost(f.Message)
+			p.lost(f)
 		}
 		t := time.NewTimer(pause)
 		select {
@@ -589,9 +590,21 @@ func (p *Provider) current() string {
 }
 
 // lost says that the guest does not answer, unless it is being worked on.
-func (p *Provider) lost(problem string) {
+func (p *Provider) lost(f *Failure) {
 	if p.current() != vsockrpc.GuestApplying {
-		p.set(vsockrpc.GuestWaiting, problem)
+		p.waiting(f)
+	}
+}
+
+// waiting says that the guest does not answer, and at which step: once, for a
+// step that fails now with this error of the kernel's and now with that.
+func (p *Provider) waiting(f *Failure) {
+	p.mu.Lock()
+	same := p.status.State == vsockrpc.GuestWaiting && p.step == f.Code
+	p.step = f.Code
+	p.mu.Unlock()
+	if !same {
+		p.set(vsockrpc.GuestWaiting, f.Message)
 	}
 }
 

@@ -26,7 +26,7 @@ const (
 	pollEvery = 200 * time.Millisecond
 )
 
-// A demo is a running guest, and what the host has for it.
+// A demo is a running guest, and what the host has for its guests.
 type demo struct {
 	out   io.Writer
 	guest *vm.Machine
@@ -34,6 +34,26 @@ type demo struct {
 }
 
 func (d *demo) say(format string, a ...any) { fmt.Fprintf(d.out, "\n==> "+format+"\n", a...) }
+
+// boot boots a guest, which the caller closes.
+func (d *demo) boot(ctx context.Context, cfg vm.Config) (err error) {
+	if d.guest, err = vm.Boot(ctx, cfg); err != nil {
+		return err
+	}
+	// From here on the console is quiet: it shares the output with us.
+	if _, err = d.run(ctx, "dmesg --console-level=err"); err != nil {
+		return errors.Join(err, d.guest.Close())
+	}
+	return nil
+}
+
+// wanted is a unit that the boot starts.
+func wanted(name, unit string) []vm.File {
+	return []vm.File{
+		{Path: "/etc/systemd/system/" + name, Content: []byte(unit)},
+		{Path: "/etc/systemd/system/multi-user.target.wants/" + name, Symlink: "../" + name},
+	}
+}
 
 // run runs a command in the guest, which has to succeed, and returns what it wrote.
 func (d *demo) run(ctx context.Context, command string) ([]byte, error) {
@@ -52,12 +72,8 @@ func (d *demo) inGuest(ctx context.Context, command string) error {
 	return err
 }
 
-// journal shows all that a service has said, which has to be the lines.
-func (d *demo) journal(ctx context.Context, unit string, lines ...string) error {
-	if _, err := d.run(ctx, "journalctl --sync"); err != nil {
-		return err
-	}
-	command := "journalctl --no-pager --output=cat --identifier=use-key --unit=" + unit
+// shows is inGuest for a command that has to write the lines.
+func (d *demo) shows(ctx context.Context, command string, lines ...string) error {
 	d.say("In the guest: %s", command)
 	text, err := d.run(ctx, command)
 	_, _ = d.out.Write(text)
@@ -65,9 +81,17 @@ func (d *demo) journal(ctx context.Context, unit string, lines ...string) error 
 		return err
 	}
 	if want := strings.Join(lines, "\n") + "\n"; string(text) != want {
-		return fmt.Errorf("the journal of %s is %q, want %q", unit, text, want)
+		return fmt.Errorf("running %q in the guest: it wrote %q, want %q", command, text, want)
 	}
 	return nil
+}
+
+// journal shows all that a service has said, which has to be the lines.
+func (d *demo) journal(ctx context.Context, unit string, lines ...string) error {
+	if _, err := d.run(ctx, "journalctl --sync"); err != nil {
+		return err
+	}
+	return d.shows(ctx, "journalctl --no-pager --output=cat --identifier=use-key --unit="+unit, lines...)
 }
 
 // onHost shows guestctl, and what it writes. It has to end with the exit status.

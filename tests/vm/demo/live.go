@@ -11,14 +11,10 @@ import (
 	"sync"
 
 	"github.com/guestagent/guestagent/internal/host"
-	"github.com/guestagent/guestagent/tests/vm"
 )
 
 // live shows what the host can do with a guest that runs. key is what demo.service has.
 func (d *demo) live(ctx context.Context, key string) error {
-	if err := vm.BuildBinary(ctx, "github.com/guestagent/guestagent/cmd/guestctl", filepath.Join(d.dir, "guestctl")); err != nil {
-		return err
-	}
 	registry, err := json.Marshal(map[string]string{"target": "vsock-mux:" + d.guest.VsockPath()})
 	if err != nil {
 		return err

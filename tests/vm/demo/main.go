@@ -1,6 +1,7 @@
 // Demo boots a virtual machine with a key in an SMBIOS OEM string, and shows how it reaches a service. Then the host
 // changes the key under the running service, sees a bad one rolled back, and pushes another key that a service waits for.
-// Each step is checked: the program fails where what it shows is not so.
+// A second machine gets no secret at its boot but the host's address, and asks there for its key. Each step is checked:
+// the program fails where what it shows is not so.
 package main
 
 import (
@@ -11,6 +12,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/guestagent/guestagent/tests/vm"
@@ -75,60 +78,58 @@ func run(ctx context.Context, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
-	overlay, err := vm.Installed(ctx, d.dir)
-	if err != nil {
+	cfg := vm.Config{Image: image, Console: out}
+	if cfg.Overlay, err = vm.Installed(ctx, d.dir); err != nil {
 		return err
 	}
-	overlay = append(
-		overlay,
+	cfg.Overlay = append(
+		cfg.Overlay,
 		vm.File{Path: "/usr/local/bin/use-key", Mode: 0o755, Content: []byte(useKey)},
-		vm.File{Path: "/etc/systemd/system/demo.service", Content: []byte(demoUnit)},
-		vm.File{Path: "/etc/systemd/system/multi-user.target.wants/demo.service", Symlink: "../demo.service"},
-		vm.File{Path: "/etc/systemd/system/signer.service", Content: []byte(signerUnit)},
 		// The device that stands in for vhost-vsock here chooses the port by itself.
 		vm.File{Path: "/etc/guestagent/config.json", Content: []byte(`{"peer": {"privilegedPort": "ignored"}}`)},
 	)
 
-	// What cannot be fetched today costs the second half only.
-	var vsock *vm.VsockConfig
+	// What cannot be fetched today costs all but the first part.
 	program, vsockErr := vm.VhostDeviceVsock(ctx, out)
 	if vsockErr == nil {
-		vsock = &vm.VsockConfig{Program: program}
+		cfg.Vsock = &vm.VsockConfig{Program: program}
+		if err := vm.BuildBinary(ctx, "github.com/guestagent/guestagent/cmd/guestctl", filepath.Join(d.dir, "guestctl")); err != nil {
+			return err
+		}
 	}
+	if err := d.hand(ctx, cfg); err != nil {
+		return err
+	}
+	if vsockErr != nil {
+		d.say("There is no vsock for the rest: %v", vsockErr)
+		return nil
+	}
+	return d.pull(ctx, cfg)
+}
 
-	key := newKey()
-	d.say("Booting it with two OEM strings: io.guestagent.credential:api-key=…, and one with a mistake in it")
-	d.guest, err = vm.Boot(ctx, vm.Config{
-		Image:   image,
-		Overlay: overlay,
-		Console: out,
-		Vsock:   vsock,
-		OEMStrings: vm.OEM(
-			"io.guestagent.credential:api-key="+key,
-			"io.guestagent.credential.binary:certificate=not base64",
-		),
+// hand boots a guest with a key in an OEM string, and changes that while it runs.
+func (d *demo) hand(ctx context.Context, cfg vm.Config) (err error) {
+	cfg.Overlay = slices.Concat(cfg.Overlay, wanted("demo.service", demoUnit), []vm.File{
+		{Path: "/etc/systemd/system/signer.service", Content: []byte(signerUnit)},
 	})
-	if err != nil {
+	key := newKey()
+	cfg.OEMStrings = vm.OEM(
+		"io.guestagent.credential:api-key="+key,
+		"io.guestagent.credential.binary:certificate=not base64",
+	)
+	d.say("Booting it with two OEM strings: io.guestagent.credential:api-key=…, and one with a mistake in it")
+	if err := d.boot(ctx, cfg); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.guest.Close()) }()
-
-	if err := d.booted(ctx, key); err != nil {
+	if err := d.booted(ctx, key); err != nil || cfg.Vsock == nil {
 		return err
-	}
-	if vsock == nil {
-		d.say("There is no vsock to push by: %v", vsockErr)
-		return nil
 	}
 	return d.live(ctx, key)
 }
 
 // booted shows how a key of the boot reached a service.
 func (d *demo) booted(ctx context.Context, key string) error {
-	// From here on the console is quiet: it shares the output with us.
-	if _, err := d.run(ctx, "dmesg --console-level=err"); err != nil {
-		return err
-	}
 	for _, command := range []string{
 		"systemctl cat demo.service",
 		"cat /usr/local/bin/use-key",

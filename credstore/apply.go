@@ -100,7 +100,7 @@ type plan struct {
 }
 
 func (t *Tx) plan(set Set) (plan, error) {
-	if _, refusals := t.Check(set); len(refusals) > 0 {
+	if _, refusals := t.check(set); len(refusals) > 0 {
 		return plan{}, &RefusedError{refusals}
 	}
 	p := plan{result: Result{Generation: t.st.Generation}, next: t.st.clone(), at: time.Now().UTC()}
@@ -109,19 +109,20 @@ func (t *Tx) plan(set Set) (plan, error) {
 			old := t.st.Entries[c.Name]
 			// A boot-time source does not relabel what came later, and a provider
 			// takes over what it brings.
-			taken := set.Source == credential.SourceProvider && (old.Source != set.Source || old.Ephemeral)
+			taken := set.Source == credential.SourceProvider && (old.Source != set.Source || old.Ephemeral || old.Rejected != c.Rejected)
 			if old.Revision == c.Revision && !taken || set.Source == credential.SourceSMBIOS {
 				p.result.Unchanged = append(p.result.Unchanged, c.Name)
 				continue
 			}
-			old.Revision, old.Source, old.Ephemeral = c.Revision, set.Source, set.overrides(old)
+			old.Revision, old.Source, old.Ephemeral, old.Rejected = c.Revision, set.Source, set.overrides(old), c.Rejected
 			p.next.Entries[c.Name] = old
 			p.noted = true
 			p.result.Relabelled = append(p.result.Relabelled, c.Name)
 			continue
 		}
 		r := record{
-			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1, InstalledAt: p.at, Ephemeral: set.overrides(t.st.Entries[c.Name]),
+			Revision: c.Revision, Source: set.Source, Generation: t.st.Generation + 1, InstalledAt: p.at,
+			Ephemeral: set.overrides(t.st.Entries[c.Name]), Rejected: c.Rejected,
 		}
 		p.changes = append(p.changes, change{name: c.Name, record: r, value: c.Value, forget: set.forgets()})
 		p.result.Installed = append(p.result.Installed, c.Name)

@@ -76,8 +76,20 @@ func (e *RefusedError) Error() string {
 }
 
 // Check splits the set into what [Tx.Apply] would take and what it would
-// refuse, in the order given. It changes nothing.
+// refuse. It changes nothing.
 func (t *Tx) Check(set Set) (accepted Set, refusals []credential.Refusal) {
+	for accepted = set; ; {
+		// What is left may be a set that was rejected, where the whole was not.
+		var more []credential.Refusal
+		if accepted, more = t.check(accepted); len(more) == 0 {
+			return accepted, refusals
+		}
+		refusals = append(refusals, more...)
+	}
+}
+
+// check is Check of the set as it is, in the order given.
+func (t *Tx) check(set Set) (accepted Set, refusals []credential.Refusal) {
 	accepted = Set{Source: set.Source, Forget: set.Forget, Trial: set.Trial, Retry: set.Retry, Ephemeral: set.Ephemeral}
 	c := newChecker(t)
 	c.forget = set.forgets()
@@ -194,7 +206,7 @@ func (c *checker) install(cred Credential) (credential.Reason, string) {
 	}
 	old, installed := c.t.st.Entries[cred.Name]
 	same := c.t.Holds(cred.Name, cred.Value)
-	if cred.Rejected && installed && !same {
+	if cred.Rejected && installed && !same && c.there(cred.Name) {
 		return credential.ReasonRejected, "a gate rolled this value back before the guest booted, and another one is in force; change the value"
 	}
 	if c.source == credential.SourceSMBIOS && !same {
@@ -235,6 +247,15 @@ func (c *checker) install(cred Credential) (credential.Reason, string) {
 	c.setBytes += size
 	c.setNames++
 	return "", ""
+}
+
+// there reports whether the name has a file.
+func (c *checker) there(name string) bool {
+	if c.t.dir == noDir {
+		return false
+	}
+	_, err := c.t.dir.stat(name)
+	return err == nil
 }
 
 // managed says whether a provider manages the name, and the set is not its own.

@@ -64,6 +64,8 @@ type record struct {
 	File          identity `json:"file"`
 	// Ephemeral is a value that somebody else put over a provider's.
 	Ephemeral bool `json:"ephemeral,omitempty"`
+	// Rejected is a value that failed a trial in an earlier boot.
+	Rejected bool `json:"rejected,omitempty"`
 }
 
 // managed reports whether a provider manages the name.

@@ -107,6 +107,8 @@ type Entry struct {
 	InstalledUSec uint64 `json:"installedMonotonicUSec"`
 	// Ephemeral is a value over a provider's: see [Set].
 	Ephemeral bool `json:"ephemeral,omitempty"`
+	// Rejected is a value that failed a trial before the guest booted.
+	Rejected bool `json:"rejected,omitempty"`
 }
 
 // A Tx is the store with its lock held. Close gives the lock back. It must not
@@ -271,7 +273,7 @@ func (t *Tx) entry(name string, r record) Entry {
 	return Entry{
 		Name: name, Revision: r.Revision, Size: r.File.Size, Source: r.Source, InstalledAt: r.InstalledAt,
 		State: StateInForce, Path: filepath.Join(t.s.cfg.Dir, name), Generation: r.Generation, InstalledUSec: r.InstalledUSec,
-		Ephemeral: r.Ephemeral,
+		Ephemeral: r.Ephemeral, Rejected: r.Rejected,
 	}
 }
 

@@ -65,6 +65,9 @@ func (t *Tx) back(next state, forget bool) (Result, error) {
 		}
 		r := *old
 		r.Generation, r.InstalledAt = res.Generation, now
+		if !forget && t.st.Entries[name].managed() && !r.managed() {
+			r.Ephemeral = true // what a provider manages stays its own
+		}
 		changes = append(changes, change{name: name, record: r, value: secret.New(b), forget: forget})
 		res.Installed = append(res.Installed, name)
 	}

@@ -281,6 +281,10 @@ func (f *provideFlags) doorbell(ctx context.Context, where place, pr *host.Provi
 		}
 	}
 	mux := host.ListenMux(cfg)
+	if err := mux.Taken(); err != nil {
+		_ = mux.Close()
+		return nil, err
+	}
 	pr.Doorbell, pr.May = mux, mux.May
 	if _, err := os.Stat(filepath.Dir(where.target.Path)); errors.Is(err, fs.ErrNotExist) {
 		// Whoever makes the folder may be started after this service.

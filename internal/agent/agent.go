@@ -35,7 +35,7 @@ const (
 	pathTDXGuest          = "sys/class/misc/tdx_guest"
 	hintImport            = "systemctl restart guestagent-import.service"
 	hintCheckConfig       = "guestagent check-config"
-	hintPull              = "systemctl restart guestagent-pull.service"
+	hintPull              = "systemctl status guestagent-pull.service"
 	pathMachineID         = "etc/machine-id"
 )
 

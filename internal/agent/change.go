@@ -139,6 +139,7 @@ func (c credentials) carryOut(ctx context.Context, call *vsockrpc.Call, ch chang
 	if err != nil {
 		return err
 	}
+	c.changes.tell()
 	if c.hand != nil {
 		c.hand.server.Retry() // somebody may wait for it
 	}

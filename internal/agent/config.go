@@ -265,6 +265,8 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 		// A section that stands twice, or in another case, may have been meant.
 		section, _, _ := strings.Cut(f.Key, ".")
 		cfg.Peer.Deny = cfg.Peer.Deny || strings.EqualFold(section, "peer")
+		// A guest that must not boot without does not for a typing error.
+		cfg.Provider.Required = cfg.Provider.Required || strings.EqualFold(f.Key, "provider.required")
 		cfg.Provider.Fault = cfg.Provider.Fault || strings.EqualFold(f.Key, "provider") || strings.EqualFold(f.Key, "provider.address")
 		cfg.Policy.Deny = cfg.Policy.Deny || strings.EqualFold(section, "policy")
 	}
@@ -351,6 +353,9 @@ func (p *configParser) address(key string, to *string) {
 	if !ok {
 		p.fault(key, "want a string, have %s", kind(t))
 		p.skip(t)
+		return
+	}
+	if s == "" {
 		return
 	}
 	if _, err := vsockrpc.ParseProviderAddress(s); err != nil {

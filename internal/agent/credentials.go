@@ -95,7 +95,9 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 		}
 		res, err := do(set)
 		if err == nil && set.Source == credential.SourceProvider && !p.DryRun {
-			err = provided(tx, set, refusals)
+			if err := provided(tx, refusals); err != nil {
+				c.log.Error("noting what the provider did failed; its set is in force", slog.String("error", err.Error()))
+			}
 		}
 		return res, err
 	}
@@ -120,6 +122,7 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 		if err != nil {
 			return wireError(err)
 		}
+		tx.Close() // before a caller that may read slowly is waited for
 		return call.Reply(reply(res, nil, nil))
 	}
 	return c.carryOut(ctx, call, change{
@@ -269,8 +272,11 @@ func pruned(tx *credstore.Tx, set credstore.Set, refusals []credential.Refusal, 
 	}
 	var names []string
 	for _, e := range tx.Entries() {
-		own := e.Source == set.Source || e.Ephemeral && set.Source == credential.SourceProvider
-		if own && strings.HasPrefix(e.Name, prefix) && !keep[e.Name] {
+		owner := e.Source
+		if e.Ephemeral {
+			owner = credential.SourceProvider
+		}
+		if owner == set.Source && strings.HasPrefix(e.Name, prefix) && !keep[e.Name] {
 			names = append(names, e.Name)
 		}
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"os"
 	"reflect"
@@ -49,8 +50,9 @@ func (h health) ping(_ context.Context, call *vsockrpc.Call) error {
 	if err != nil {
 		return err
 	}
-	defer tx.Close()
-	return call.Reply(&vsockrpc.PingResult{BootID: h.a.bootID(), Generation: generation(tx.Generation())})
+	g := generation(tx.Generation())
+	tx.Close() // before a caller that may read slowly is waited for
+	return call.Reply(&vsockrpc.PingResult{BootID: h.a.bootID(), Generation: g})
 }
 
 // watch tells the report, and then whenever there is another one.
@@ -69,29 +71,30 @@ func (h health) watch(ctx context.Context, call *vsockrpc.Call) error {
 	heart := time.NewTicker(p.Heartbeat / 2)
 	defer heart.Stop()
 	var last *vsockrpc.Report
-	for {
+	for beat := false; ; {
 		changed := h.changes.next()
 		r, err := h.a.report()
 		if err != nil {
 			return err
 		}
-		if !reflect.DeepEqual(r, last) {
-			if err := call.ReplyMore(&vsockrpc.WatchReply{Report: r}); err != nil {
-				return err
-			}
+		switch {
+		case !reflect.DeepEqual(r, last):
+			err = call.ReplyMore(&vsockrpc.WatchReply{Report: r})
 			last = r
+		case beat:
+			err = call.ReplyMore(&vsockrpc.WatchReply{})
 		}
-		for again := false; !again; {
-			select {
-			case <-changed:
-				again = true
-			case <-heart.C:
-				if err := call.ReplyMore(&vsockrpc.WatchReply{}); err != nil {
-					return err
-				}
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
+		if err != nil {
+			return err
+		}
+		beat = false
+		select {
+		case <-changed:
+		case <-heart.C:
+			// Not all that is reported tells of its changes.
+			beat = true
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -114,10 +117,12 @@ func (a *Agent) report() (*vsockrpc.Report, error) {
 }
 
 func (a *Agent) machineID() string {
-	b, err := os.ReadFile(a.path(pathMachineID))
+	f, err := os.Open(a.path(pathMachineID))
 	if err != nil {
 		return ""
 	}
+	defer f.Close()
+	b, _ := io.ReadAll(io.LimitReader(f, 64)) // machine-id(5): 32 digits, or "uninitialized"
 	return strings.TrimSpace(string(b))
 }
 

@@ -92,9 +92,7 @@ func (a *Agent) Status() (*Report, error) {
 	if tx.Interrupted() {
 		r.reason(CodeInterrupted, hintImport, "a program was killed while it applied a set; whoever writes to the store next finishes it")
 	}
-	if err := r.addProvider(tx); err != nil {
-		return nil, err
-	}
+	r.addProvider(tx)
 	a.complete(tx, r)
 	return r, nil
 }
@@ -150,7 +148,10 @@ func (a *Agent) readSMBIOS(ctx context.Context, cfg Config, r *Report) ([]smbios
 		return nil, err
 	}
 	defer table.Wipe()
-	r.SMBIOS = SMBIOS{Origin: string(table.Origin), Version: table.EntryPoint.Version, Structures: table.Structures, Strings: len(table.Strings)}
+	r.SMBIOS = SMBIOS{
+		Origin: string(table.Origin), Version: table.EntryPoint.Version, Structures: table.Structures, Strings: len(table.Strings),
+		Provider: namedProvider(table),
+	}
 	for _, f := range table.Faults {
 		if f.Code == smbios.FaultNoEnd || f.Code == smbios.FaultTrailing {
 			continue // common in sound machines, and costs nothing

@@ -49,24 +49,16 @@ type providerNote struct {
 	Since time.Time `json:"since"`
 	// Refusals are those of its last set.
 	Refusals []credential.Refusal `json:"refusals"`
-	// Rejected are names whose values a gate rolled back before the guest
-	// booted, and that are in force since there was no other.
-	Rejected []string `json:"rejected"`
 }
 
-// readNote reads a note; false where there is none.
-func readNote[T any](tx *credstore.Tx, n credstore.Note) (v T, ok bool, err error) {
+// readNote reads a note; false where there is none, or none that makes sense:
+// the next one takes its place.
+func readNote[T any](tx *credstore.Tx, n credstore.Note) (v T, ok bool) {
 	b, err := tx.Note(n)
-	if errors.Is(err, fs.ErrNotExist) {
-		return v, false, nil
+	if err != nil || json.Unmarshal(b, &v) != nil {
+		return *new(T), false
 	}
-	if err == nil {
-		err = json.Unmarshal(b, &v)
-	}
-	if err != nil {
-		return v, false, fmt.Errorf("reading the note %s: %w", n, err)
-	}
-	return v, true, nil
+	return v, true
 }
 
 // saveNote keeps a note, unless it is kept already.
@@ -85,33 +77,25 @@ func saveNote[T any](tx *credstore.Tx, n credstore.Note, v T) error {
 }
 
 // provided notes what the provider's set brought.
-func provided(tx *credstore.Tx, set credstore.Set, refusals []credential.Refusal) error {
-	old, ok, err := readNote[providerNote](tx, credstore.NoteProvider)
-	if err != nil {
-		return err
-	}
+func provided(tx *credstore.Tx, refusals []credential.Refusal) error {
+	old, ok := readNote[providerNote](tx, credstore.NoteProvider)
 	note := providerNote{Since: old.Since, Refusals: refusals}
 	if !ok {
 		note.Since = time.Now().UTC()
 	}
-	for _, c := range set.Install {
-		if c.Rejected {
-			note.Rejected = append(note.Rejected, c.Name)
-		}
-	}
 	return saveNote(tx, credstore.NoteProvider, note)
 }
 
+// hasProvided reports whether the provider's set was applied in this boot.
+func hasProvided(tx *credstore.Tx) bool {
+	_, ok := readNote[providerNote](tx, credstore.NoteProvider)
+	return ok || slices.ContainsFunc(tx.Entries(), func(e credstore.Entry) bool { return e.Source == credential.SourceProvider })
+}
+
 // addProvider adds to a report what is known of the provider.
-func (r *Report) addProvider(tx *credstore.Tx) error {
-	pull, asked, err := readNote[pullNote](tx, credstore.NotePull)
-	if err != nil {
-		return err
-	}
-	did, ok, err := readNote[providerNote](tx, credstore.NoteProvider)
-	if err != nil {
-		return err
-	}
+func (r *Report) addProvider(tx *credstore.Tx) {
+	pull, asked := readNote[pullNote](tx, credstore.NotePull)
+	did, ok := readNote[providerNote](tx, credstore.NoteProvider)
 	switch {
 	case ok:
 		r.Provider = &vsockrpc.ProviderState{Address: pull.Address, State: vsockrpc.ProviderInForce, Since: did.Since.Format(time.RFC3339Nano)}
@@ -122,16 +106,22 @@ func (r *Report) addProvider(tx *credstore.Tx) error {
 		r.Provider = &vsockrpc.ProviderState{State: vsockrpc.ProviderNone}
 	}
 	if r.Provider.State == vsockrpc.ProviderUnreachable {
-		r.reason(CodeProviderUnreachable, hintPull, "the provider %s has not handed over its set in this boot: %s", pull.Address, cmp.Or(pull.Problem, "no answer"))
+		r.reason(CodeProviderUnreachable, hintPull, "the provider has not handed over its set in this boot: %s", cmp.Or(pull.Problem, "no answer"))
 	}
-	inForce := map[string]bool{}
+	var rejected []string
 	for _, e := range tx.Entries() {
-		inForce[e.Name] = e.Source == credential.SourceProvider
+		if e.Rejected {
+			rejected = append(rejected, e.Name)
+		}
 	}
-	if names := slices.DeleteFunc(did.Rejected, func(name string) bool { return !inForce[name] }); len(names) > 0 {
-		r.reason(CodeRejectedInForce, "", "the guest booted on values that a gate had rolled back, since it has no others: %s; change them on the host", strings.Join(names, ", "))
+	if len(rejected) > 0 {
+		const most = 5
+		list := strings.Join(rejected[:min(most, len(rejected))], ", ")
+		if more := len(rejected) - most; more > 0 {
+			list += fmt.Sprintf(", and %d more", more)
+		}
+		r.reason(CodeRejectedInForce, "", "the guest booted on values that a gate had rolled back, since it has no others: %s; change them on the host", list)
 	}
-	return nil
 }
 
 // providerAddress returns where the provider is, and who says so. A zero target
@@ -173,9 +163,14 @@ func (a *Agent) providerAddress(ctx context.Context, cfg Config) (t vsockrpc.Tar
 
 // oemAddress looks into SMBIOS where the import would. The first string counts.
 func (a *Agent) oemAddress(ctx context.Context, cfg Config) (string, error) {
-	switch cfg.SMBIOS.Read {
-	case ReadNever:
+	if cfg.SMBIOS.Read == ReadNever {
 		return "", nil
+	}
+	// Whoever asks for long should not have had the table's secrets in memory.
+	if address, ok := a.imported(); ok {
+		return address, nil
+	}
+	switch cfg.SMBIOS.Read {
 	case ReadAlways:
 	default:
 		kind, err := a.askKind(ctx)
@@ -191,13 +186,38 @@ func (a *Agent) oemAddress(ctx context.Context, cfg Config) (string, error) {
 		return "", err
 	}
 	defer table.Wipe()
-	for _, s := range table.Strings {
-		if rest, ok := bytes.CutPrefix(s.Value.Bytes(), []byte(oemProvider)); ok && !s.Truncated && len(rest) <= maxAddress {
-			return string(rest), nil
-		}
-	}
-	return "", nil
+	return namedProvider(table), nil
 }
+
+// imported is the address that the last import found, if one has run.
+func (a *Agent) imported() (address string, ok bool) {
+	tx, err := a.store().View()
+	if err != nil {
+		return "", false
+	}
+	defer tx.Close()
+	r, ok := readNote[Report](tx, credstore.NoteReport)
+	return r.SMBIOS.Provider, ok && r.ImportedAt != nil
+}
+
+// namedProvider is the address in the first OEM string that has one.
+func namedProvider(table smbios.Table) string {
+	for _, s := range table.Strings {
+		rest, ok := bytes.CutPrefix(s.Value.Bytes(), []byte(oemProvider))
+		if !ok || s.Truncated {
+			continue
+		}
+		address := string(rest)
+		if _, err := vsockrpc.ParseProviderAddress(address); err != nil {
+			return badAddress // not kept: it may be a secret that went astray
+		}
+		return address
+	}
+	return ""
+}
+
+// badAddress stands for an address that makes no sense.
+const badAddress = "?"
 
 // cmdlineAddress looks for guestagent.provider=. As for systemd the last one
 // counts.

@@ -74,6 +74,7 @@ func (a *Agent) Pull(ctx context.Context, p Pulling) error {
 	if from == "" {
 		status("no provider is named")
 		ready()
+		a.forgetPull(p.Log)
 		return nil
 	}
 	pull := &pull{a: a, cfg: cfg, target: target, from: from, log: p.Log, ready: ready, status: status, dial: p.dial}
@@ -86,8 +87,9 @@ func (a *Agent) Pull(ctx context.Context, p Pulling) error {
 // cannotPull is what becomes of a provider whose address is not known: nothing
 // will come of waiting.
 func (a *Agent) cannotPull(cfg Config, err error, log *slog.Logger, ready func(), status func(string)) error {
-	status(err.Error())
-	note := pullNote{State: vsockrpc.ProviderUnreachable, Since: time.Now().UTC(), Problem: err.Error()}
+	problem := vsockrpc.Escape(err.Error(), maxProblem)
+	status(problem)
+	note := pullNote{State: vsockrpc.ProviderUnreachable, Since: time.Now().UTC(), Problem: problem}
 	if noteErr := a.notePull(note); noteErr != nil {
 		err = errors.Join(err, noteErr)
 	}
@@ -108,6 +110,22 @@ func (a *Agent) notePull(note pullNote) error {
 	return saveNote(tx, credstore.NotePull, note)
 }
 
+// forgetPull takes back what an earlier run noted, which was told of a provider.
+func (a *Agent) forgetPull(log *slog.Logger) {
+	tx, err := a.store().View()
+	if err != nil {
+		return
+	}
+	_, asked := readNote[pullNote](tx, credstore.NotePull)
+	tx.Close()
+	if !asked {
+		return
+	}
+	if err := a.notePull(pullNote{State: vsockrpc.ProviderNone, Since: time.Now().UTC()}); err != nil {
+		log.Warn("keeping how the pull gets on failed", slog.String("error", err.Error()))
+	}
+}
+
 // providerDid reports whether the provider's set was applied in this boot.
 func (a *Agent) providerDid() bool {
 	tx, err := a.store().View()
@@ -115,8 +133,7 @@ func (a *Agent) providerDid() bool {
 		return false
 	}
 	defer tx.Close()
-	_, ok, err := readNote[providerNote](tx, credstore.NoteProvider)
-	return ok && err == nil
+	return hasProvided(tx)
 }
 
 // A pull is one run of [Agent.Pull] with a provider.
@@ -144,6 +161,8 @@ func (p *pull) run(ctx context.Context) error {
 
 	// A provider that called already, or in an earlier run, is rung all the same:
 	// its set may have changed. But nobody waits for that.
+	up := time.NewTimer(p.cfg.Provider.Timeout)
+	defer up.Stop()
 	before := p.a.providerDid()
 	if before {
 		p.ready()
@@ -159,8 +178,6 @@ func (p *pull) run(ctx context.Context) error {
 			}
 		})
 	}
-	up := time.NewTimer(p.cfg.Provider.Timeout)
-	defer up.Stop()
 	for pause := ringFirst; ; pause = min(2*pause, p.mostPause()) {
 		attempt := make(chan error, 1)
 		wg.Go(func() { attempt <- p.ring(ctx) })
@@ -198,7 +215,7 @@ func (p *pull) await(ctx context.Context, attempt <-chan error, changed <-chan s
 			case errors.Is(err, errPause):
 			case ctx.Err() != nil:
 				return false, context.Cause(ctx)
-			case err == nil && p.a.providerDid():
+			case (err == nil || !before) && p.a.providerDid():
 				p.done()
 				return true, nil
 			case err == nil:
@@ -216,6 +233,10 @@ func (p *pull) await(ctx context.Context, attempt <-chan error, changed <-chan s
 		case <-up:
 			if before {
 				p.status("the set that the provider handed over in this boot is in force")
+				return true, nil
+			}
+			if p.a.providerDid() {
+				p.done()
 				return true, nil
 			}
 			if err := p.timeIsUp(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/guestagent/guestagent/credstore"
 	"github.com/guestagent/guestagent/internal/agent/agenttest"
@@ -501,18 +503,136 @@ func TestHealthWatch(t *testing.T) {
 	}
 }
 
-// A note that does not make sense is told, and costs nothing but the report.
+// A note that does not make sense, or cannot be kept, costs nothing but what it
+// would have said.
 func TestNotes(t *testing.T) {
 	g := newGuest(t)
+	s := g.serve(0)
 	tx, err := g.a.store().Begin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := tx.SetNote(credstore.NoteProvider, []byte("{")); err != nil {
-		t.Fatal(err)
+	for _, n := range []credstore.Note{credstore.NoteProvider, credstore.NotePull} {
+		if err := tx.SetNote(n, []byte("{")); err != nil {
+			t.Fatal(err)
+		}
 	}
 	tx.Close()
-	if _, err := g.a.Status(); err == nil || !strings.Contains(err.Error(), "provider.json") {
-		t.Errorf("Status = %v, want an error that names the note", err)
+	if got := g.providerState(); got != vsockrpc.ProviderNone {
+		t.Errorf("the provider's state with damaged notes = %q, want none", got)
+	}
+	note := filepath.Join(g.root, pathStore, ".guestagent", string(credstore.NoteProvider))
+	if err := os.Remove(note); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(note, "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if res, err := s.client().Apply(t.Context(), fromProvider(value("a", "1"))); err != nil || len(res.Installed) != 1 {
+		t.Errorf("Apply whose note cannot be kept = %+v, %v", res, err)
+	}
+	if !g.a.providerDid() || !strings.Contains(s.log.String(), "noting what the provider did failed") {
+		t.Errorf("providerDid() = %v; the log: %s", g.a.providerDid(), s.log)
+	}
+}
+
+// The time-out and the set may come at once: the set counts.
+func TestPullAtTheLastMoment(t *testing.T) {
+	for range 20 {
+		g := newGuest(t)
+		s := g.serve(0)
+		g.write(pathConfig, `{"provider": {"address": "unix:/nowhere", "timeout": 1, "required": true}}`)
+		p := &pull{
+			a: g.a, log: slog.New(slog.DiscardHandler), ready: func() {}, status: func(string) {},
+			target: vsockrpc.Target{Scheme: vsockrpc.SchemeUnix, Path: "/nowhere"},
+		}
+		p.cfg.Provider.Required = true
+		if _, err := s.client().Apply(t.Context(), fromProvider()); err != nil {
+			t.Fatal(err)
+		}
+		changed, up := make(chan struct{}, 1), make(chan time.Time, 1)
+		changed <- struct{}{}
+		up <- time.Time{}
+		if done, err := p.await(t.Context(), make(chan error), changed, up, false); !done || err != nil {
+			t.Fatalf("await with the set in force and time up = %v, %v, want it done", done, err)
+		}
+		// Nor does it need the store to tell: the end of an attempt is enough.
+		attempt := make(chan error, 1)
+		attempt <- errors.New("no answer")
+		if done, err := p.await(t.Context(), attempt, nil, nil, false); !done || err != nil {
+			t.Fatalf("await after an attempt = %v, %v, want it done", done, err)
+		}
+	}
+}
+
+// A pull that is not told of a provider any more takes back what it said.
+func TestPullForgets(t *testing.T) {
+	g := newGuest(t)
+	g.write(pathConfig, `{"provider": {"address": "vsock-mux:/x"}}`)
+	_, ended, _ := g.pulling()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	g.write(pathConfig, `{}`)
+	_, ended, _ = g.pulling()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if got := g.providerState(); got != vsockrpc.ProviderNone {
+		t.Errorf("the provider's state = %q, want none", got)
+	}
+}
+
+// An ephemeral value is nobody's to prune or to roll back to for good.
+func TestEphemeralIsTheProviders(t *testing.T) {
+	g := newGuest(t)
+	s := g.serve(0)
+	c := s.client()
+	ctx := t.Context()
+	apply := func(p *vsockrpc.ApplyParams) {
+		t.Helper()
+		if _, err := c.Apply(ctx, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	apply(&vsockrpc.ApplyParams{Set: []vsockrpc.Credential{value("db", "0")}})
+	apply(fromProvider(value("db", "1")))
+	apply(&vsockrpc.ApplyParams{Set: []vsockrpc.Credential{value("db", "2")}, Ephemeral: true})
+	apply(&vsockrpc.ApplyParams{Set: []vsockrpc.Credential{value("other", "1")}, Prune: true})
+	g.wantStore(map[string]string{"db": "2", "other": "1"})
+
+	apply(fromProvider(value("db", "3")))
+	if _, err := c.Rollback(ctx, &vsockrpc.RollbackParams{}); err != nil {
+		t.Fatal(err)
+	}
+	g.wantStore(map[string]string{"db": "2", "other": "1"})
+	if _, err := c.Apply(ctx, &vsockrpc.ApplyParams{Set: []vsockrpc.Credential{value("db", "4")}}); !errors.As(err, new(*vsockrpc.RefusedError)) {
+		t.Errorf("Apply over what was rolled back to = %v, want it refused", err)
+	}
+	list, err := c.List(ctx)
+	if err != nil || !list.Entries[0].Ephemeral {
+		t.Errorf("List after a rollback = %+v, %v, want db ephemeral", list.Entries, err)
+	}
+}
+
+// However many names there are, whoever asks can read the answer.
+func TestReportIsBounded(t *testing.T) {
+	g := newGuest(t)
+	g.write(pathMachineID, strings.Repeat("x", 1<<16))
+	g.write(pathConfig, `{"provider": {"address": "`+strings.Repeat("y", 1<<16)+`"}}`)
+	s := g.serve(0)
+	var set []vsockrpc.Credential
+	for i := range 200 {
+		c := value(fmt.Sprintf("%s-%d", strings.Repeat("n", 40), i), "bad")
+		c.Rejected = true
+		set = append(set, c)
+	}
+	c := s.client()
+	if _, err := c.Apply(t.Context(), fromProvider(set...)); err != nil {
+		t.Fatal(err)
+	}
+	r, err := (vsockrpc.Health{Client: c.Client}).Get(t.Context())
+	if err != nil || len(r.Entries) != 200 {
+		t.Errorf("Get = %v", err)
 	}
 }

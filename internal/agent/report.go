@@ -39,6 +39,9 @@ type SMBIOS struct {
 	Version    string `json:"version,omitempty"` // of SMBIOS
 	Structures int    `json:"structures,omitempty"`
 	Strings    int    `json:"strings,omitempty"` // of all owners
+	// Provider is where the host's provider is, as an OEM string says, or "?" if
+	// that is no address.
+	Provider string `json:"provider,omitempty"`
 }
 
 // An Entry is a credential that is somewhere in the guest.
@@ -85,8 +88,12 @@ const (
 	CodeNotImported     ReasonCode = "notImported"    // no import has run since the guest booted
 )
 
+// maxDetail bounds the detail of a reason, in bytes: it may quote what others
+// wrote, and the wire bounds its lines.
+const maxDetail = 1024
+
 func (r *Report) reason(code ReasonCode, hint, format string, a ...any) {
-	r.Reasons = append(r.Reasons, Reason{code, fmt.Sprintf(format, a...), hint})
+	r.Reasons = append(r.Reasons, Reason{code, vsockrpc.Escape(fmt.Sprintf(format, a...), maxDetail), hint})
 }
 
 // WriteText writes the report for people. With warn, the lines about what is

@@ -60,6 +60,8 @@ type labels struct {
 	Version int         `json:"version"`
 	Key     []byte      `json:"key"`
 	Labels  []labelling `json:"labels"` // sorted by name
+	// Gone says that names went since [Labels.Tried].
+	Gone bool `json:"gone,omitzero"`
 }
 
 // A labelling is what is kept of one value.
@@ -67,6 +69,8 @@ type labelling struct {
 	Name     string `json:"name"`
 	Revision string `json:"revision"`
 	MAC      []byte `json:"mac"`
+	// New says that the value has changed since [Labels.Tried].
+	New bool `json:"new,omitzero"`
 	Rejected bool   `json:"rejected,omitzero"`
 	Problem  string `json:"problem,omitzero"`
 }
@@ -139,7 +143,8 @@ func (l *Labels) Close() error { return l.root.Close() }
 // Label labels all values of a set. One that has no Revision gets that which
 // its value has had so far, or a new one if the value has changed, were it back
 // to what it was earlier. It sets Rejected where a gate has rejected the value,
-// under whatever label. What is kept of names that are not in the set is
+// under whatever label, as long as all values that were rejected with it are as
+// they were. What is kept of names that are not in the set is
 // forgotten.
 //
 // Where something cannot be saved, all is labelled nevertheless, and the next
@@ -153,12 +158,13 @@ func (l *Labels) Label(creds []vsockrpc.Credential) error {
 		old[x.Name] = x
 	}
 	kept := make(map[string]labelling, len(creds))
+	again := 0 // rejected values that are still as they were
 	for i := range creds {
 		c := &creds[i]
 		mac := l.mac(*c)
 		x, ok := old[c.Name]
 		if !ok || !hmac.Equal(x.MAC, mac) {
-			x = labelling{Name: c.Name, Revision: c.Revision, MAC: mac}
+			x = labelling{Name: c.Name, Revision: c.Revision, MAC: mac, New: true}
 		}
 		switch {
 		case c.Revision != "":
@@ -169,11 +175,50 @@ func (l *Labels) Label(creds []vsockrpc.Credential) error {
 			x.Revision = newLabel()
 			c.Revision = x.Revision
 		}
-		c.Rejected = x.Rejected
+		if x.Rejected {
+			again++
+		}
 		kept[c.Name] = x
 	}
+	rejected := len(l.Rejected())
+	for i := range creds {
+		x := kept[creds[i].Name]
+		if again < rejected {
+			// It is another set: a certificate comes again with the right key.
+			x.Rejected, x.Problem = false, ""
+			kept[x.Name] = x
+		}
+		creds[i].Rejected = x.Rejected
+	}
+	gone := l.state.Gone
+	for name := range old {
+		if _, ok := kept[name]; !ok {
+			gone = true
+		}
+	}
 	list := slices.SortedFunc(maps.Values(kept), func(a, b labelling) int { return strings.Compare(a.Name, b.Name) })
-	return l.update(list)
+	return l.update(list, gone)
+}
+
+// Pending returns the names whose values have changed since [Labels.Tried], in
+// this process or in one before, and whether anything has: a name may have gone.
+func (l *Labels) Pending() (names []string, pending bool) {
+	for _, x := range l.state.Labels {
+		if x.New {
+			names = append(names, x.Name)
+		}
+	}
+	return names, l.state.Gone || len(names) > 0
+}
+
+// Tried notes that the guest was given the set as [Labels.Label] saw it last,
+// whatever came of it.
+func (l *Labels) Tried() error {
+	list := slices.Clone(l.state.Labels)
+	for i := range list {
+		list[i].New = false
+	}
+	return l.update(list, false)
 }
 
 // checkLabelled refuses what parseLabels would not take back.
@@ -231,7 +276,7 @@ func (l *Labels) mark(names []string, rejected bool, problem string) error {
 			list[i].Rejected, list[i].Problem = rejected, problem
 		}
 	}
-	return l.update(list)
+	return l.update(list, l.state.Gone)
 }
 
 // Rejected returns the names whose values are rejected, and why.
@@ -266,14 +311,14 @@ func oneLine(s string) string {
 }
 
 // update keeps the list, and saves it if it is another one.
-func (l *Labels) update(list []labelling) error {
+func (l *Labels) update(list []labelling, gone bool) error {
 	same := func(a, b labelling) bool {
-		return a.Name == b.Name && a.Revision == b.Revision && bytes.Equal(a.MAC, b.MAC) && a.Rejected == b.Rejected && a.Problem == b.Problem
+		return a.Name == b.Name && a.Revision == b.Revision && bytes.Equal(a.MAC, b.MAC) && a.Rejected == b.Rejected && a.Problem == b.Problem && a.New == b.New
 	}
-	if !slices.EqualFunc(list, l.state.Labels, same) {
+	if gone != l.state.Gone || !slices.EqualFunc(list, l.state.Labels, same) {
 		l.unsaved = true
 	}
-	l.state.Labels = list
+	l.state.Labels, l.state.Gone = list, gone
 	if !l.unsaved {
 		return nil
 	}

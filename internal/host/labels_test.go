@@ -125,9 +125,12 @@ func TestLabelsRejected(t *testing.T) {
 		t.Errorf("Rejected() = %q, want %q; Problem() = %q", got, want, l.Problem())
 	}
 	check("110", "a=1", "b@8=1", "c=1") // the value is rejected, not its label
-	check("010", "a=2", "b=1", "c=1")
-	check("010", "a=1", "b=1", "c=1") // only the current value is known
+	check("000", "a=2", "b=1", "c=1") // another set: a certificate that comes with the right key now
+	check("000", "a=1", "b=1", "c=1") // only the current value is known
+	must(t, l.Reject([]string{"a", "b"}, ""))
 	must(t, l.Accept([]string{"b", "none"}))
+	check("100", "a=1", "b=1", "c=1")
+	must(t, l.Accept([]string{"a"}))
 	check("000", "a=1", "b=1", "c=1")
 	must(t, l.Reject([]string{"c"}, ""))
 	check("00", "a=1", "b=1")

@@ -200,6 +200,18 @@ func (m *MuxListener) Problem() string {
 	return m.problem
 }
 
+// Taken returns an error that matches [ErrProviderRuns] if another program
+// listened at the name when that was last looked at. Whoever begins to provide
+// had better not, then: two would each put their own set in force.
+func (m *MuxListener) Taken() error {
+	m.looking.Lock()
+	defer m.looking.Unlock()
+	if m.live == (liveError{}) {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrProviderRuns, m.live)
+}
+
 // Close ends Accept, removes the socket if it is still this listener's, and
 // waits for what the listener has started. Connections that were accepted go on.
 func (m *MuxListener) Close() error {

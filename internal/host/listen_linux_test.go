@@ -449,6 +449,28 @@ func TestMuxOwner(t *testing.T) {
 	checkFile(t, uds+"_1", uid, gid, mode)
 }
 
+// Who comes second is told, and takes nothing from the first one.
+func TestMuxTaken(t *testing.T) {
+	uds := filepath.Join(t.TempDir(), "vm.sock")
+	first, _ := mux(t, MuxConfig{Path: uds, Port: 1021})
+	if err := first.Taken(); err != nil {
+		t.Errorf("Taken = %v, want nil", err)
+	}
+	second, _ := mux(t, MuxConfig{Path: uds, Port: 1021})
+	if err := second.Taken(); !errors.Is(err, ErrProviderRuns) || !strings.Contains(err.Error(), uds) {
+		t.Errorf("Taken = %v, want %v with the path", err, ErrProviderRuns)
+	}
+	first.look()
+	checkProblem(t, first, "")
+	_ = first.Close()
+	second.asked = second.asked.Add(-muxLive)
+	second.look()
+	if err := second.Taken(); err != nil {
+		t.Errorf("Taken after the first one's end = %v, want nil", err)
+	}
+	checkReached(t, second, uds+"_1021")
+}
+
 func TestMuxLongPaths(t *testing.T) {
 	dir := t.TempDir()
 	for range 3 {

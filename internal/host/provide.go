@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/guestagent/guestagent/internal/credential"
@@ -90,12 +91,13 @@ type Provider struct {
 	status vsockrpc.ProviderStatus
 	// rings are those that wait for the set to be in force.
 	rings map[chan error]bool
+	// last is what came of the set.
+	last outcome
 
-	wake   chan struct{} // there is something to do
-	reach  chan struct{} // the guest answers: watch it now
-	step   Code          // at which reaching the guest failed last
-	synced string        // boot ID and generation that were last found, or made, right
-	stale  string        // which units were not refreshed then
+	wake  chan struct{} // there is something to do
+	reach chan struct{} // the guest answers: watch it now
+	step  Code          // at which reaching the guest failed last
+	over  atomic.Bool   // Run ends
 }
 
 // Run runs the provider until ctx ends, or the doorbell fails for good.
@@ -108,6 +110,7 @@ func (p *Provider) Run(ctx context.Context) error {
 	}
 	p.again, p.look = cmp.Or(p.again, againAfter), cmp.Or(p.look, lookPause)
 	p.set(vsockrpc.GuestWaiting, "")
+	defer context.AfterFunc(ctx, func() { p.over.Store(true) })()
 	var wg sync.WaitGroup
 	serve := func(s *vsockrpc.Server, l net.Listener) {
 		wg.Go(func() {
@@ -131,6 +134,9 @@ func (p *Provider) Run(ctx context.Context) error {
 			select {
 			case <-changed:
 			case <-p.Reload:
+				p.mu.Lock()
+				p.last.refused = nil // what stood in the way may have gone
+				p.mu.Unlock()
 			case <-ctx.Done():
 				return
 			}
@@ -228,6 +234,9 @@ func (p *Provider) tell(_ context.Context, call *vsockrpc.Call) error {
 
 // set says how the guest is.
 func (p *Provider) set(state, problem string) {
+	if p.over.Load() {
+		return // what is under way is broken off
+	}
 	p.telling.Lock()
 	defer p.telling.Unlock()
 	p.mu.Lock()
@@ -340,22 +349,113 @@ func (p *Provider) reconcile(ctx context.Context) *notYet {
 	}
 	r, err := p.ask(ctx)
 	if err != nil {
-		f := failure(err, fateUntouched, ctx.Err() != nil)
-		p.waiting(f)
+		p.waiting(failure(err, fateUntouched, ctx.Err() != nil))
 		// Whoever watches tells when the guest can be reached.
 		return &notYet{toGuest: "the agent cannot be reached from the host"}
 	}
 	p.heard(r)
 	poke(p.reach)
 	p.tried(r, creds)
-	if !given && inForce(r, creds) {
-		if !p.isSynced(r) {
-			p.setSynced(r.BootID, r.Generation, "")
-		}
-		return p.right()
+	o := p.outcome(r, creds)
+	if _, pending := p.Labels.Pending(); pending || given && o.generation != r.Generation || !o.stands(r) {
+		p.set(vsockrpc.GuestApplying, "")
+		return p.apply(ctx, r, o, creds)
 	}
-	p.set(vsockrpc.GuestApplying, "")
-	return p.apply(ctx, r, creds)
+	o.generation = r.Generation
+	p.done(o)
+	return nil
+}
+
+// An outcome is what came of a set, for as long as the guest has it so.
+type outcome struct {
+	bootID     string
+	generation int64
+	// want are the labels that the guest should have, by name; but for those
+	// that it refused, or that its gate rolled back.
+	want    map[string]string
+	refused map[string]bool
+	// state and problem are what to show.
+	state, problem string
+}
+
+// outcome is what came of the set as it is now, where the guest has been given
+// it in this boot.
+func (p *Provider) outcome(r *vsockrpc.Report, creds []vsockrpc.Credential) outcome {
+	p.mu.Lock()
+	o := p.last
+	p.mu.Unlock()
+	if o.bootID != r.BootID {
+		o = outcome{bootID: r.BootID, generation: -1, state: vsockrpc.GuestInForce}
+	}
+	o.want = map[string]string{}
+	for _, c := range creds {
+		o.want[c.Name] = c.Revision
+	}
+	has := map[string]string{}
+	for _, e := range r.Entries {
+		has[e.Name] = e.Revision
+	}
+	refused := map[string]bool{}
+	for _, c := range creds {
+		revision, ok := has[c.Name]
+		switch {
+		case ok && revision == c.Revision: // refused once, and somebody had it tried again
+		case o.refused[c.Name]:
+			refused[c.Name] = true
+		case ok && c.Rejected:
+			// A provider before this one saw the gate.
+			refused[c.Name] = true
+			o.state, o.problem = vsockrpc.GuestRolledBack, p.Labels.Rejected()[c.Name]
+		}
+	}
+	if o.refused = refused; len(refused) == 0 && o.state != vsockrpc.GuestInForce {
+		o.state, o.problem = vsockrpc.GuestInForce, ""
+	}
+	return o
+}
+
+// stands reports whether the guest has the set as it was left. Its labels say
+// so: no value has another's. A value that somebody put over the provider's
+// stays until the provider has another.
+func (o *outcome) stands(r *vsockrpc.Report) bool {
+	if r.BootID != o.bootID || r.Provider == nil || r.Provider.State != vsockrpc.ProviderInForce || r.Gate != nil {
+		return false
+	}
+	has := map[string]bool{}
+	for _, e := range r.Entries {
+		if e.Source != credential.SourceProvider && !e.Ephemeral {
+			continue
+		}
+		has[e.Name] = true
+		revision, ok := o.want[e.Name]
+		if !ok || !o.refused[e.Name] && !e.Ephemeral && (e.Revision != revision || e.State == stateMissing) {
+			return false
+		}
+	}
+	for name := range o.want {
+		if !has[name] && !o.refused[name] {
+			return false
+		}
+	}
+	return true
+}
+
+// stateMissing is the state of a value whose file somebody removed.
+const stateMissing = "missing"
+
+// done keeps what came of the set, and shows it.
+func (p *Provider) done(o outcome) {
+	p.mu.Lock()
+	p.last = o
+	p.mu.Unlock()
+	p.set(o.state, o.problem)
+}
+
+// lastOutcome is what came of the set.
+func (p *Provider) lastOutcome() outcome {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.last
 }
 
 // label labels the values. Labels that cannot be kept hold until the provider
@@ -414,56 +514,8 @@ func (p *Provider) ask(ctx context.Context) (*vsockrpc.Report, error) {
 	return vsockrpc.Health{Client: c}.Get(ctx)
 }
 
-// inForce reports whether the guest has the set already. Its labels say so: no
-// value has another's.
-func inForce(r *vsockrpc.Report, creds []vsockrpc.Credential) bool {
-	if r.Provider == nil || r.Provider.State != vsockrpc.ProviderInForce || r.Gate != nil {
-		return false
-	}
-	want := map[string]string{}
-	for _, c := range creds {
-		want[c.Name] = c.Revision
-	}
-	for _, e := range r.Entries {
-		if e.Source != credential.SourceProvider && !e.Ephemeral {
-			continue
-		}
-		revision, ok := want[e.Name]
-		switch {
-		case !ok, !e.Ephemeral && (e.Revision != revision || e.State == stateMissing):
-			return false
-		}
-		delete(want, e.Name)
-	}
-	return len(want) == 0
-}
-
-// stateMissing is the state of a value whose file somebody removed.
-const stateMissing = "missing"
-
-// right is the end of a set that is in force.
-func (p *Provider) right() *notYet {
-	p.mu.Lock()
-	stale := p.stale
-	p.mu.Unlock()
-	p.set(vsockrpc.GuestInForce, stale)
-	return nil
-}
-
-func (p *Provider) setSynced(bootID string, generation int64, stale string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.synced, p.stale = fmt.Sprintf("%s %d", bootID, generation), stale
-}
-
-func (p *Provider) isSynced(r *vsockrpc.Report) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.synced == fmt.Sprintf("%s %d", r.BootID, r.Generation)
-}
-
 // apply hands the set over. Report is what the guest said of itself just now.
-func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, creds []vsockrpc.Credential) *notYet {
+func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, o outcome, creds []vsockrpc.Credential) *notYet {
 	params := &vsockrpc.ApplyParams{Set: creds, Source: credential.SourceProvider, Partial: true, Prune: true, Refresh: p.Refresh}
 	first := report.Provider == nil || report.Provider.State != vsockrpc.ProviderInForce
 	if !first {
@@ -475,25 +527,60 @@ func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, creds []v
 		params.Refresh = vsockrpc.RefreshNone
 		res = p.push(ctx, params)
 	}
+	o.refused, o.state, o.problem = map[string]bool{}, vsockrpc.GuestInForce, ""
 	switch f := res.Error; {
-	case f == nil && len(res.Refusals) == 0:
-		p.setSynced(report.BootID, *res.Generation, "")
-		return p.right()
 	case f == nil || f.Code == CodeRefreshFailed:
-		return p.partly(report.BootID, res)
+		o.generation = *res.Generation
+		if f != nil {
+			o.problem = f.Message
+		}
+		p.refused(&o, res.Refusals)
 	case f.Code == CodeRolledBack:
-		p.rejected(report, f, creds)
-		p.setSynced(report.BootID, *f.Generation, "")
-		return nil
-	case f.Code == CodeRefused:
-		p.set(vsockrpc.GuestRefused, f.Message)
-		return &notYet{toGuest: "the agent refused the set"}
-	case f.Code == CodeGateInProgress:
+		o.generation, o.state, o.problem = *f.Generation, vsockrpc.GuestRolledBack, vsockrpc.Escape(f.Problem, maxDetail)
+		changed, _ := p.Labels.Pending()
+		for _, name := range changed {
+			o.refused[name] = true
+		}
+		p.kept(p.Labels.Reject(changed, o.problem))
+	case f.Code == CodeGateInProgress, f.Code == CodeRefused:
 		p.set(vsockrpc.GuestApplying, f.Message)
-		return &notYet{toGuest: "another set is on trial", after: p.again}
+		return &notYet{toGuest: "the agent does not take the set now", after: p.again}
 	default:
 		p.waiting(f)
 		return &notYet{toGuest: "the set could not be handed over", after: p.again}
+	}
+	p.kept(p.Labels.Tried())
+	p.done(o)
+	return nil
+}
+
+// refused is the outcome of a set that is in force but for some names.
+func (p *Provider) refused(o *outcome, refusals []credential.Refusal) {
+	var rejected, lines []string
+	for _, r := range refusals {
+		o.refused[r.Name] = true
+		if r.Reason == credential.ReasonRejected {
+			// Where this provider did not see how the gate ended.
+			rejected = append(rejected, r.Name)
+		}
+		lines = append(lines, vsockrpc.Escape(r.String(), maxDetail))
+	}
+	if len(lines) == 0 {
+		return
+	}
+	const most = 3
+	o.state, o.problem = vsockrpc.GuestRefused, strings.Join(lines[:min(most, len(lines))], "; ")
+	if more := len(lines) - most; more > 0 {
+		o.problem += fmt.Sprintf("; and %d more", more)
+	}
+	if len(rejected) > 0 {
+		known := p.Labels.Rejected()
+		if slices.ContainsFunc(rejected, func(name string) bool { _, ok := known[name]; return !ok }) {
+			p.kept(p.Labels.Reject(rejected, o.problem))
+		}
+	}
+	if len(rejected) == len(lines) {
+		o.state = vsockrpc.GuestRolledBack
 	}
 }
 
@@ -502,57 +589,13 @@ func (p *Provider) push(ctx context.Context, params *vsockrpc.ApplyParams) Resul
 	var res Result
 	f := Fleet{
 		Guests: []Guest{{Name: p.Name, Target: p.Target}}, dial: p.dial,
-		Progress: func(Guest, vsockrpc.Progress) { p.heard(nil) },
+		Progress: func(Guest, vsockrpc.Progress) {
+			p.heard(nil)
+			Wipe(params.Set) // it is in force; what follows may take an hour
+		},
 	}
 	_ = f.Push(ctx, params, func(r Result) { res = r }) // the error is the result's
 	return res
-}
-
-// partly is the end of a set of which not all is well: names were refused, or
-// units were not refreshed.
-func (p *Provider) partly(bootID string, res Result) *notYet {
-	again := 0
-	var lines []string
-	for _, r := range res.Refusals {
-		if r.Reason == credential.ReasonRejected {
-			again++
-		}
-		lines = append(lines, vsockrpc.Escape(r.String(), maxDetail))
-	}
-	p.setSynced(bootID, *res.Generation, "")
-	const most = 3
-	problem := strings.Join(lines[:min(most, len(lines))], "; ")
-	if more := len(lines) - most; more > 0 {
-		problem += fmt.Sprintf("; and %d more", more)
-	}
-	switch {
-	case len(lines) == 0:
-		p.setSynced(bootID, *res.Generation, res.Error.Message)
-		return p.right()
-	case again == len(lines):
-		p.set(vsockrpc.GuestRolledBack, problem)
-	default:
-		p.set(vsockrpc.GuestRefused, problem)
-	}
-	return nil
-}
-
-// rejected is the end of a set that did not stand its gate. What it would have
-// changed is kept in mind for the guest's next boot.
-func (p *Provider) rejected(report *vsockrpc.Report, f *Failure, creds []vsockrpc.Credential) {
-	had := map[string]string{}
-	for _, e := range report.Entries {
-		had[e.Name] = e.Revision
-	}
-	var changed []string
-	for _, c := range creds {
-		if revision, ok := had[c.Name]; !ok || revision != c.Revision {
-			changed = append(changed, c.Name)
-		}
-	}
-	problem := vsockrpc.Escape(f.Problem, maxDetail)
-	p.kept(p.Labels.Reject(changed, problem))
-	p.set(vsockrpc.GuestRolledBack, problem)
 }
 
 // watchGuest stays connected to the guest, whenever that can be reached, and has
@@ -600,7 +643,7 @@ func (p *Provider) lost(f *Failure) {
 // step that fails now with this error of the kernel's and now with that.
 func (p *Provider) waiting(f *Failure) {
 	p.mu.Lock()
-	same := p.status.State == vsockrpc.GuestWaiting && p.step == f.Code
+	same := p.status.State == vsockrpc.GuestWaiting && p.step == f.Code && f.Status() == StatusUnreachable
 	p.step = f.Code
 	p.mu.Unlock()
 	if !same {
@@ -625,12 +668,10 @@ func (p *Provider) watchOnce(ctx context.Context) (reached bool, err error) {
 		}
 		quiet.Reset(silence)
 		p.heard(r)
-		// A change that somebody else made while the guest was reached all the
-		// time is for the next reason to look.
-		switch state := p.current(); {
-		case state == vsockrpc.GuestWaiting,
-			r != nil && !reached && !p.isSynced(r),
-			r != nil && state == vsockrpc.GuestRolledBack && len(r.Rejected) == 0: // somebody had it tried again
+		switch o := p.lastOutcome(); {
+		case p.current() == vsockrpc.GuestWaiting,
+			r != nil && !o.stands(r),
+			r != nil && o.state == vsockrpc.GuestRolledBack && len(r.Rejected) == 0: // somebody had it tried again
 			p.poke()
 		}
 		reached = true

@@ -21,7 +21,6 @@ import (
 
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/internal/host/hosttest"
-	"github.com/guestagent/guestagent/internal/secret"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -566,6 +565,51 @@ func TestProviderEphemeral(t *testing.T) {
 	r.gets("b=3")
 	r.has("a=1")
 	r.check("Installed", r.applied(3).Installed, "a", "b")
+
+	// Its own change is one, also where a provider was not there for it.
+	must(t, r.push(&vsockrpc.ApplyParams{Set: set("a=mine"), Ephemeral: true}))
+	r.put("a", "4")
+	r.gets("a=4")
+	must(t, r.push(&vsockrpc.ApplyParams{Set: set("a=mine"), Ephemeral: true}))
+	r.stop()
+	r.put("a", "5")
+	r.provide()
+	r.gets("a=5")
+}
+
+// A name that the guest refuses has no ring bring anything about.
+func TestProviderRefusedRing(t *testing.T) {
+	r := newRig(t, "a=1", hosttest.Refuses+"=2").boot().provide()
+	r.is(vsockrpc.GuestRefused)
+	must(t, r.push(&vsockrpc.ApplyParams{Set: set("a=mine"), Ephemeral: true}))
+	for range 3 {
+		r.mustRing()
+	}
+	r.is(vsockrpc.GuestRefused)
+	r.applied(2) // the push is one of them
+	r.has("a=mine")
+	// Whoever took away what stood in the way says so.
+	r.reload <- struct{}{}
+	r.gets("a=1")
+	r.is(vsockrpc.GuestRefused)
+}
+
+// A set is rejected as one: a value that was not at fault comes again with a
+// better one.
+func TestProviderGatePair(t *testing.T) {
+	r := newRig(t, "cert=1", "key=1").boot().provide(refreshing)
+	r.is(vsockrpc.GuestInForce)
+	r.stop()
+	r.put("cert", "2")
+	r.put("key", hosttest.Bad)
+	r.provide(refreshing)
+	r.is(vsockrpc.GuestRolledBack)
+	r.check("kept", r.kept(), "cert", "key")
+	r.put("key", "3")
+	r.gets("cert=2")
+	r.gets("key=3")
+	r.is(vsockrpc.GuestInForce)
+	r.check("kept", r.kept())
 }
 
 func TestProviderGate(t *testing.T) {
@@ -582,23 +626,24 @@ func TestProviderGate(t *testing.T) {
 	}
 	r.check("kept", r.kept(), "a")
 
-	// Again: it is refused.
-	before := r.revisions()
+	// It is not sent again, whoever rings, and whoever is restarted.
 	r.mustRing()
 	r.is(vsockrpc.GuestRolledBack)
-	a := r.applied(3)
-	r.check("Rejected", a.Rejected, "a")
-	r.check("Refused", a.Refused, "a")
-	if after := r.revisions(); !reflect.DeepEqual(after, before) {
-		t.Errorf("the same set again makes %v of %v", after, before)
-	}
+	r.stop()
+	r.provide(refreshing)
+	r.mustRing()
+	r.is(vsockrpc.GuestRolledBack)
+	r.applied(2)
 	r.has("a=1")
 
-	// Another name may change meanwhile.
+	// Another name may change meanwhile, and it is refused.
 	r.put("b", "3")
 	r.gets("b=3")
 	r.is(vsockrpc.GuestRolledBack)
 	r.has("a=1")
+	a := r.applied(3)
+	r.check("Rejected", a.Rejected, "a")
+	r.check("Refused", a.Refused, "a")
 
 	// Whoever boots with nothing else gets it, however often, and after a
 	// restart of the provider, too.
@@ -946,8 +991,8 @@ func TestProviderBellFails(t *testing.T) {
 }
 
 // A guest that has what the labels say is left alone.
-func TestInForce(t *testing.T) {
-	creds := []vsockrpc.Credential{{Name: "a", Revision: "1", Value: secret.New(nil)}, {Name: "b", Revision: "2", Value: secret.New(nil)}}
+func TestOutcomeStands(t *testing.T) {
+	o := outcome{want: map[string]string{"a": "1", "b": "2", "no": "1"}, refused: map[string]bool{"no": true}}
 	a, b := vsockrpc.Entry{Name: "a", Revision: "1", Source: credential.SourceProvider}, vsockrpc.Entry{Name: "b", Revision: "2", Source: credential.SourceProvider}
 	with := func(e vsockrpc.Entry, f func(*vsockrpc.Entry)) vsockrpc.Entry {
 		f(&e)
@@ -963,6 +1008,8 @@ func TestInForce(t *testing.T) {
 		{"all", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{a, b}}, true},
 		{"another's, too", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{a, b, {Name: "c", Source: credential.SourcePush}}}, true},
 		{"one ephemeral", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{with(a, func(e *vsockrpc.Entry) { e.Ephemeral, e.Revision = true, "x" }), b}}, true},
+		{"what it refused", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{a, b, with(a, func(e *vsockrpc.Entry) { e.Name, e.Revision = "no", "0" })}}, true},
+		{"another boot", vsockrpc.Report{BootID: "x", Provider: inForceNow, Entries: []vsockrpc.Entry{a, b}}, false},
 		{"no state", vsockrpc.Report{Entries: []vsockrpc.Entry{a, b}}, false},
 		{"waiting", vsockrpc.Report{Provider: &vsockrpc.ProviderState{State: vsockrpc.ProviderWaiting}, Entries: []vsockrpc.Entry{a, b}}, false},
 		{"a gate", vsockrpc.Report{Provider: inForceNow, Gate: &generation, Entries: []vsockrpc.Entry{a, b}}, false},
@@ -973,8 +1020,8 @@ func TestInForce(t *testing.T) {
 		{"another source", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{a, with(b, func(e *vsockrpc.Entry) { e.Source = credential.SourcePush })}}, false},
 		{"no file", vsockrpc.Report{Provider: inForceNow, Entries: []vsockrpc.Entry{a, with(b, func(e *vsockrpc.Entry) { e.State = stateMissing })}}, false},
 	} {
-		if got := inForce(&c.report, creds); got != c.want {
-			t.Errorf("%s: inForce = %v, want %v", c.what, got, c.want)
+		if got := o.stands(&c.report); got != c.want {
+			t.Errorf("%s: stands = %v, want %v", c.what, got, c.want)
 		}
 	}
 }

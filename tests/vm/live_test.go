@@ -399,6 +399,12 @@ func TestLive(t *testing.T) {
 			if privileged != 2 {
 				t.Errorf("%d calls from a port below 1024, want root's 2:\n%s", privileged, journal)
 			}
+			// Several of the host's ends on one machine.
+			t.Run("providers", func(t *testing.T) {
+				vmtest.RunTests(t, m, vmtest.TestConfig{
+					Package: "github.com/guestagent/guestagent/internal/host", Args: []string{"-test.run=^TestLiveVsock$"}, Env: []string{"GUESTAGENT_TEST_VSOCK=1"},
+				})
+			})
 		})
 
 		t.Run("silence", func(t *testing.T) {

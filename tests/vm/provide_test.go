@@ -185,6 +185,37 @@ func TestProvide(t *testing.T) {
 			wantLines(t, "who has it", given(t, m, "boot", value, "ordered.service", "waiting.service"), []string{"ordered.service", "waiting.service"})
 			untilState(t, m, "active", hostService)
 		})
+		t.Run("killed", func(t *testing.T) {
+			// A pull that is killed while it asks, and once the boot has gone on without.
+			value := newValue()
+			m := boot(t, release, value, asksOnce)
+			kill := func() {
+				t.Helper()
+				before := show(t, m, pullService, "MainPID")
+				vmtest.Run(t, m, "systemctl", "kill", "--signal=KILL", pullService)
+				eventually(t, "the pull is back", func() bool {
+					pid := show(t, m, pullService, "MainPID")
+					return pid != before && pid != "0"
+				})
+			}
+			eventually(t, "the provider is asked", func() bool { return providerState(t, m) != vsockrpc.ProviderNone })
+			if release.Systemd >= 254 {
+				kill()
+			}
+			untilState(t, m, "active", "ordered.service", pullService, credTarget)
+			pid := mainPID(t, m, "ordered.service")
+			if release.Systemd >= 254 {
+				kill()
+				untilState(t, m, "active", pullService)
+			}
+			hostStart(t, m)
+			untilState(t, m, "active", "waiting.service")
+			eventually(t, "the pull has ended", func() bool { return show(t, m, pullService, "SubState") == "exited" })
+			wantActive(t, m, credTarget, "active")
+			if got := mainPID(t, m, "ordered.service"); got != pid {
+				t.Error("a pull that was killed restarted who requires the target")
+			}
+		})
 		t.Run("required", func(t *testing.T) {
 			value := newValue()
 			m := boot(t, release, value, requires)

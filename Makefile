@@ -62,7 +62,7 @@ deb: go ## build Debian packages of guestagent and guestctl
 	tools/deb '$(VERSION)' '$(DIST)'
 
 .PHONY: demo
-demo: go ## boot a VM, see a secret from an OEM string reach a service, rotate it, and see a bad one rolled back
+demo: go ## boot a VM, see a secret from an OEM string reach a service, rotate it, and see a bad one rolled back; and a second VM ask its host
 	@tools/deps vm
 	@go run ./tests/vm/demo
 

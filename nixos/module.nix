@@ -151,7 +151,8 @@ in
           type = types.str;
           example = "vsock:2:1020";
           description = ''
-            Where the host's provider listens, `vsock:CID[:PORT]`. By default the host says so at boot, or nobody is
+            Where the host's provider listens, `vsock:CID[:PORT]`, on a vhost-vsock host with a port from 768 to 1021 that
+            is this guest's alone. By default the host says so at boot, or nobody is
             asked.
           '';
         };

@@ -26,7 +26,7 @@ buildGoModule (finalAttrs: {
   };
 
   # tests/nix/check --update writes it anew after a change of go.mod.
-  vendorHash = "sha256-nIWPBL/r/w21MIOrD/ZWjbhKmlXZ8JnmpnYZ9y4A+GY=";
+  vendorHash = "sha256-DaIVbBuuJDH3g9T0G6umBkoe30Jcx24zz3kc188L7Is=";
 
   subPackages = [ "cmd/guestagent" ];
   env.CGO_ENABLED = 0;

@@ -15,6 +15,14 @@ import (
 // DefaultDialTimeout bounds one attempt to connect.
 const DefaultDialTimeout = 5 * time.Second
 
+// A port below 1024 on this machine is either a provider's to listen on, from
+// FirstProviderPort to LastProviderPort, or one to call from, below those: a
+// connection that holds a port keeps a server from listening there.
+const (
+	FirstProviderPort = 768
+	LastProviderPort  = DefaultProviderPort
+)
+
 const (
 	retryFirst = 50 * time.Millisecond
 	retryMost  = time.Second
@@ -94,7 +102,17 @@ func (d Dialer) Dial(ctx context.Context, t Target) (*Client, error) {
 
 // DialConn connects to t and returns the bare connection.
 //
-// Over AF_VSOCK the source port is below 1024 where this process may bind one.
+// Over AF_VSOCK the source port is below [FirstProviderPort] where this process
+// may bind one.
+//
+// With vsock-mux the socket's folder may be that of a VMM's user, whom nobody
+// trusts, and who could lead a caller with more rights to another VM's socket.
+// So, on Linux, neither the socket nor its folder may be a symbolic link; the
+// folders above may. The socket has one name, and belongs to root, to this
+// process's user or to the folder's owner; in a folder that only root, or this
+// process's user, can write to, it may be anybody's. All else is an error at
+// [StepSocket] that matches fs.ErrPermission. The path may be of any length, and
+// /proc is needed.
 func (d Dialer) DialConn(ctx context.Context, t Target) (net.Conn, error) {
 	if d.Timeout <= 0 {
 		d.Timeout = DefaultDialTimeout
@@ -126,6 +144,19 @@ func mayRetry(err error) bool {
 	return true
 }
 
+func dialUnix(ctx context.Context, path string) (net.Conn, error) {
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", path)
+}
+
+// A muxError is that something at the path of a VM's socket may not be used.
+type muxError string
+
+func (e muxError) Error() string { return string(e) }
+
+// Is has it count as a permission that is missing: another try is of no use.
+func (muxError) Is(target error) bool { return target == fs.ErrPermission }
+
 func (d Dialer) dialOnce(ctx context.Context, t Target) (net.Conn, error) {
 	attempt, cancel := context.WithTimeout(ctx, d.Timeout)
 	defer cancel()
@@ -134,9 +165,10 @@ func (d Dialer) dialOnce(ctx context.Context, t Target) (net.Conn, error) {
 	switch t.Scheme {
 	case SchemeVsock:
 		conn, err = dialVsock(attempt, t.CID, t.Port)
-	case SchemeMux, SchemeUnix:
-		var dialer net.Dialer
-		conn, err = dialer.DialContext(attempt, "unix", t.Path)
+	case SchemeMux:
+		conn, err = dialMux(attempt, t.Path)
+	case SchemeUnix:
+		conn, err = dialUnix(attempt, t.Path)
 	default:
 		return nil, &ConnectError{Target: t, Step: StepSocket, Err: ErrTarget}
 	}

@@ -13,12 +13,15 @@ import (
 const (
 	listenFirst = 50 * time.Millisecond
 	listenMost  = time.Second
+	// portWait bounds the wait for a port that another socket has: a server that
+	// ends, or a call of a program that knows of no split of the ports.
+	portWait = 5 * time.Second
 )
 
 // ListenVsock listens on a vsock port, whatever the machine's CID is or will
 // be: it changes when the machine is restored from a snapshot. A kernel that
-// has no vsock yet is waited for, at most for d. The error then is the
-// kernel's.
+// has no vsock yet is waited for, at most for d, and a port that is taken for a
+// few seconds of that. The error then is the kernel's.
 func ListenVsock(ctx context.Context, port uint32, d time.Duration) (net.Listener, error) {
 	l, err := listenWithin(ctx, d, func() (net.Listener, error) { return listenVsock(port) })
 	if err != nil {
@@ -28,13 +31,20 @@ func ListenVsock(ctx context.Context, port uint32, d time.Duration) (net.Listene
 }
 
 func listenWithin(ctx context.Context, d time.Duration, listen func() (net.Listener, error)) (net.Listener, error) {
-	end := time.Now().Add(d)
+	begin := time.Now()
 	for delay := listenFirst; ; delay = min(2*delay, listenMost) {
 		l, err := listen()
 		if err == nil {
 			return l, nil
 		}
-		if !missingTransport(err) || !time.Now().Add(delay).Before(end) || wait(ctx, delay) != nil {
+		patience := time.Duration(0)
+		switch {
+		case missingTransport(err):
+			patience = d
+		case errors.Is(err, syscall.EADDRINUSE):
+			patience = min(d, portWait)
+		}
+		if time.Since(begin)+delay >= patience || wait(ctx, delay) != nil {
 			return nil, err
 		}
 	}

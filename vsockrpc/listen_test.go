@@ -34,6 +34,17 @@ func TestListenWithin(t *testing.T) {
 				t.Errorf("%v for ever: %v after %v", errno, err, time.Since(begin))
 			}
 		}
+		// A port that is taken is waited for, too, and not as long.
+		begin = time.Now()
+		if _, err := listenWithin(t.Context(), time.Minute, late(syscall.EADDRINUSE, time.Second)); err != nil || time.Since(begin) > 2*time.Second {
+			t.Errorf("EADDRINUSE for 1 s: %v after %v", err, time.Since(begin))
+		}
+		for d, most := range map[time.Duration]time.Duration{time.Minute: portWait, time.Second: time.Second, 0: 0} {
+			begin = time.Now()
+			if _, err := listenWithin(t.Context(), d, late(syscall.EADDRINUSE, time.Hour)); !errors.Is(err, syscall.EADDRINUSE) || time.Since(begin) > most {
+				t.Errorf("EADDRINUSE for ever, within %v: %v after %v", d, err, time.Since(begin))
+			}
+		}
 		begin = time.Now()
 		if _, err := listenWithin(t.Context(), time.Minute, late(syscall.EACCES, time.Hour)); !errors.Is(err, syscall.EACCES) || time.Since(begin) != 0 {
 			t.Errorf("EACCES: %v after %v", err, time.Since(begin))

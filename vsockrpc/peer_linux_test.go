@@ -144,17 +144,28 @@ func TestActivatedNothing(t *testing.T) {
 }
 
 func TestBindPrivileged(t *testing.T) {
-	taken := map[uint32]bool{1023: true, 1020: true}
 	var got uint32
-	bind := func(port uint32) error {
-		if taken[port] {
-			return os.NewSyscallError("bind", unix.EADDRINUSE)
+	for _, free := range []uint32{sourceLow, 500, sourceHigh} {
+		bind := func(port uint32) error {
+			if port != free {
+				return os.NewSyscallError("bind", unix.EADDRINUSE)
+			}
+			got = port
+			return nil
 		}
-		got = port
-		return nil
+		if err := bindPrivileged(bind); err != nil || got != free {
+			t.Errorf("bound %d, %v, want %d, since the others are taken", got, err, free)
+		}
 	}
-	if err := bindPrivileged(bind); err != nil || got != 1019 {
-		t.Errorf("bound %d, %v, want 1019: 1023 and 1020 are taken, 1022 and 1021 are servers'", got, err)
+	// One that was just free is not taken again at once.
+	seen := map[uint32]bool{}
+	for range 100 {
+		if err := bindPrivileged(func(port uint32) error { seen[port] = true; return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(seen) < 50 {
+		t.Errorf("100 connections have %d ports, want one of its own for most", len(seen))
 	}
 	var tried int
 	for errno, want := range map[unix.Errno]error{unix.EACCES: nil, unix.EPERM: nil, unix.EINVAL: unix.EINVAL} {
@@ -164,7 +175,13 @@ func TestBindPrivileged(t *testing.T) {
 		}
 	}
 	tried = 0
-	if err := bindPrivileged(func(uint32) error { tried++; return unix.EADDRINUSE }); err != nil || tried != sourceHigh-sourceLow+1-2 {
+	if err := bindPrivileged(func(port uint32) error {
+		tried++
+		if port >= FirstProviderPort || port < sourceLow {
+			t.Errorf("tried port %d, which is a server's", port)
+		}
+		return unix.EADDRINUSE
+	}); err != nil || tried != sourceHigh-sourceLow+1 || tried < 2*(LastProviderPort-FirstProviderPort+1) {
 		t.Errorf("with all taken: %v after %d ports", err, tried)
 	}
 }

@@ -81,6 +81,7 @@ type Server struct {
 	large    chan struct{} // a place for each large message
 	refusing chan struct{} // a place for each refuser
 	refused  logLimit
+	ended    logLimit
 	wg       sync.WaitGroup // every goroutine
 	ctx      context.Context
 	cancel   context.CancelFunc // ends ctx, which every handler's context descends from
@@ -535,7 +536,10 @@ func (c *serverConn) end(err error) {
 		c.server.log.Debug("a connection ended", slog.Any("peer", c.peer), slog.String("error", err.Error()))
 		return
 	}
-	c.server.log.Warn("closing a connection", slog.Any("peer", c.peer), slog.String("error", err.Error()))
+	// Any process of a guest can bring that about.
+	if suppressed, ok := c.server.ended.allow(); ok {
+		c.server.log.Warn("closing a connection", slog.Any("peer", c.peer), slog.String("error", err.Error()), slog.Int("suppressed", suppressed))
+	}
 	_ = c.write(answer.WireName(), answer, false)
 	// What the peer still sends is not read: it would have no end.
 }

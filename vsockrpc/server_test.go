@@ -546,3 +546,21 @@ func TestWaitIdle(t *testing.T) {
 		}
 	})
 }
+
+// Any process of a guest may send what is no message, as often as it likes.
+func TestServerLogsEndsSparingly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, log := newServer()
+		l := serve(t, s)
+		for range 10 * logBurst {
+			c := l.dial()
+			send(t, c, "no message\n")
+			_, _ = io.Copy(io.Discard, c)
+			_ = c.Close()
+		}
+		synctest.Wait()
+		if n := strings.Count(log.String(), "closing a connection"); n != logBurst {
+			t.Errorf("%d lines of %d connections, want %d", n, 10*logBurst, logBurst)
+		}
+	})
+}

@@ -4,13 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,6 +27,9 @@ const vsockWait = 30 * time.Second
 // stateDir is where providers keep what a restart should know. It lies in
 // memory.
 const stateDir = "/run/guestagent/provide"
+
+// maxSocketPath is the longest path of a Unix socket, in bytes.
+const maxSocketPath = 107
 
 // provideFlags are those of guestctl provide.
 type provideFlags struct {
@@ -48,6 +52,10 @@ or after it. The guest's agent takes these names from nobody else.
 
 A ring is given nothing: any process in a guest can dial the host. What is handed
 over goes to the port that only root in the guest can have.
+
+Over AF_VSOCK the VMs of a host share its ports: each provider has a PORT of its
+own, from 768 to 1021. SOCKET must lie in a folder that belongs to the VMM's user,
+or that only root can write to; neither may be a symbolic link.
 
 DIR is read anew when it changes, on SIGHUP, and whenever the guest boots. Where
 systemd fills it ($CREDENTIALS_DIRECTORY), it changes at a reload with
@@ -76,7 +84,7 @@ whoever may connect there: by default root, with --report-group a group.`,
 	f.StringVar(&flags.source.Dir, "dir", "", "hand over every file of `DIR`, such as $CREDENTIALS_DIRECTORY")
 	f.StringVar(&flags.source.Prefix, "prefix", "", "take only the files that begin with `P`, and take it off")
 	f.StringVar(&flags.source.Map, "map", "", "take the files that `FILE` names, under the names that it gives: {\"credentials\": [{\"source\", \"name\", \"revision\", \"required\"}]}")
-	f.StringVar(&flags.state, "state", "", "keep the values' labels in `DIR` (default "+stateDir+"/NAME), which should lie in memory")
+	f.StringVar(&flags.state, "state", "", "keep the values' labels in `DIR` (default "+stateDir+"/labels/NAME), which should lie in memory, and be this provider's alone")
 	f.StringVar(&flags.socket, "socket", "", "tell how the guest is at `PATH` (default "+stateDir+"/NAME.sock)")
 	f.StringVar(&flags.group, "report-group", "", "let the members of `GROUP` ask there")
 	f.StringVar(&flags.owner, "socket-owner", "", "give the socket that the VMM connects to to `USER[:GROUP]` (default: the owner of its folder)")
@@ -138,41 +146,34 @@ func (f *provideFlags) place(cmd *cobra.Command, registry host.Registry) (place,
 		if err != nil {
 			return place{}, usage(cmd, "--listen-mux takes the path of the VM's vsock socket")
 		}
-		return place{name: nameOf(f.listenMux), target: t, port: vsockrpc.DefaultProviderPort}, nil
+		name, err := host.PathName(f.listenMux)
+		return place{name: name, target: t, port: vsockrpc.DefaultProviderPort}, err
 	}
 	if path, ok := strings.CutPrefix(f.listen, "unix:"); ok {
 		t, err := vsockrpc.ParseTarget(f.target)
 		if err != nil || !filepath.IsAbs(path) || f.cid != 0 {
 			return place{}, usage(cmd, "--listen unix:PATH takes an absolute path, and --target says where the agent is")
 		}
-		return place{name: nameOf(path), target: t, bell: path}, nil
+		name, err := host.PathName(path)
+		return place{name: name, target: t, bell: path}, err
 	}
 	port, ok := strings.CutPrefix(f.listen, "vsock::")
 	n, err := strconv.ParseUint(port, 10, 32)
 	switch {
 	case !ok || err != nil || n == 0:
 		return place{}, usage(cmd, "--listen takes vsock::PORT")
-	case n >= 1024:
-		return place{}, usage(cmd, "--listen takes a port below 1024: any user of this host could listen on another in its place")
-	case f.cid < 3 && f.cid != 1: // 1 is this machine itself
+	case f.cid < 3 && f.cid != 1 || f.cid == math.MaxUint32: // 1 is this machine itself, and the largest any
 		return place{}, usage(cmd, "--listen vsock::PORT needs --cid, the guest's")
 	case f.target != "":
 		return place{}, usage(cmd, "--target goes with --listen unix:PATH")
+	}
+	if err := host.CheckProviderPort(uint32(n)); err != nil {
+		return place{}, usage(cmd, "--listen takes another port: "+err.Error())
 	}
 	return place{
 		name: fmt.Sprintf("vsock-%d", f.cid), port: uint32(n),
 		target: vsockrpc.Target{Scheme: vsockrpc.SchemeVsock, CID: f.cid, Port: vsockrpc.DefaultPort},
 	}, nil
-}
-
-// nameOf makes a name of a socket's path: that of its folder, which VMMs have
-// one each of.
-func nameOf(path string) string {
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		abs = path
-	}
-	return strings.Trim(strings.ReplaceAll(filepath.Dir(abs), "/", "-"), "-")
 }
 
 // provideTo runs the provider.
@@ -189,13 +190,16 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 		return err
 	}
 	if f.state == "" {
-		f.state = filepath.Join(stateDir, where.name)
+		// Not beside the sockets: a VM may be called web.sock.
+		f.state = filepath.Join(stateDir, "labels", where.name)
 	}
 	if f.socket == "" {
 		f.socket = where.provider.Socket
 	}
 	if f.socket == "" {
-		f.socket = filepath.Join(stateDir, where.name+".sock")
+		if f.socket = filepath.Join(stateDir, where.name+".sock"); len(f.socket) > maxSocketPath {
+			return usage(cmd, fmt.Sprintf("the path of the provider's own socket would be longer than %d bytes, and nobody could connect to it: choose one with --socket", maxSocketPath))
+		}
 	}
 	log := slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
 		if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
@@ -241,38 +245,89 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 	pr := &host.Provider{
 		Name: where.name, Target: where.target, Source: f.source, Labels: labels, Refresh: refresh, Gate: gate,
 		Local: local, Reload: reload, Version: version, Log: log,
-		Status: func(line string) { host.Notify(log, "STATUS="+line) },
 	}
-	listening, err := f.doorbell(ctx, where, pr, log)
+	problem, err := f.doorbell(ctx, where, pr, log)
 	if err != nil {
 		return err
 	}
-	go func() {
-		select {
-		case <-listening:
-			host.Notify(log, host.NotifyReady)
-		case <-ctx.Done():
-		}
-	}()
+	told := &teller{tell: func(line string) { host.Notify(log, "STATUS="+line) }, problem: problem}
+	pr.Status = told.line
+	// Whether the guest can ring is not waited for: something may stand in the
+	// way of the socket for ever, and the guest is called all the same.
+	host.Notify(log, host.NotifyReady)
+	var wg sync.WaitGroup
+	wg.Go(func() { told.look(ctx) })
 	err = pr.Run(ctx)
+	stop()
+	wg.Wait()
 	host.Notify(log, host.NotifyStopping)
 	return err
 }
 
-// doorbell opens the socket that the guest rings at. Listening is closed once it
-// can.
-func (f *provideFlags) doorbell(ctx context.Context, where place, pr *host.Provider, log *slog.Logger) (listening <-chan struct{}, err error) {
-	now := make(chan struct{})
-	close(now)
+// A teller tells how the guest is, and with it what keeps the guest from
+// ringing.
+type teller struct {
+	tell    func(line string)
+	problem func() string
+
+	mu         sync.Mutex
+	last, sent string
+}
+
+// tellerLook is how often a teller looks for another problem.
+const tellerLook = time.Second
+
+// line is told how the guest is.
+func (t *teller) line(line string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = line
+	t.sendLocked()
+}
+
+// look has what changes told, until ctx ends.
+func (t *teller) look(ctx context.Context) {
+	tick := time.NewTicker(tellerLook)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			t.mu.Lock()
+			t.sendLocked()
+			t.mu.Unlock()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (t *teller) sendLocked() {
+	line := t.last
+	if line == "" {
+		return // it is about to be told
+	}
+	if p := t.problem(); p != "" {
+		line += "; it cannot ring: " + p
+	}
+	if line != t.sent {
+		t.sent = line
+		t.tell(line)
+	}
+}
+
+// doorbell opens the socket that the guest rings at. Problem is what keeps the
+// guest from that at present.
+func (f *provideFlags) doorbell(ctx context.Context, where place, pr *host.Provider, log *slog.Logger) (problem func() string, err error) {
+	none := func() string { return "" }
 	switch {
 	case where.bell != "":
 		pr.Doorbell, err = host.ListenLocal(where.bell, "")
 		pr.May = host.LocalRoot
-		return now, err
+		return none, err
 	case where.target.Scheme == vsockrpc.SchemeVsock:
 		pr.Doorbell, err = vsockrpc.ListenVsock(ctx, where.port, vsockWait)
 		pr.May = host.OnlyCID(where.target.CID)
-		return now, err
+		return none, err
 	}
 	cfg := host.MuxConfig{Path: where.target.Path, Port: where.port, Log: log}
 	if f.owner != "" {
@@ -286,9 +341,5 @@ func (f *provideFlags) doorbell(ctx context.Context, where place, pr *host.Provi
 		return nil, err
 	}
 	pr.Doorbell, pr.May = mux, mux.May
-	if _, err := os.Stat(filepath.Dir(where.target.Path)); errors.Is(err, fs.ErrNotExist) {
-		// Whoever makes the folder may be started after this service.
-		return now, nil
-	}
-	return mux.Ready(), nil
+	return mux.Problem, nil
 }

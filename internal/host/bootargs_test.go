@@ -360,7 +360,8 @@ func TestBootWriteRefuses(t *testing.T) {
 }
 
 func TestBootOwner(t *testing.T) {
-	c := BootConfig{VMM: VMMQEMU, Out: outFolder(t), OEMConfig: OEMConfig{Dir: credentialFolder(t, map[string]string{"a": "1"})}}
+	out := outFolder(t)
+	c := BootConfig{VMM: VMMQEMU, Out: filepath.Join(out, "vms", "web") + "/", OEMConfig: OEMConfig{Dir: credentialFolder(t, map[string]string{"a": "1"})}}
 	for owner, want := range map[string]string{"no such user": "parsing the owner", "": "", "0:no such group": "parsing the owner", ":": "parsing the owner", "-1:-1": "parsing the owner"} {
 		c.Owner = owner
 		b, err := PlanBoot(c)
@@ -396,6 +397,12 @@ func TestBootOwner(t *testing.T) {
 		}
 		if uid, gid := ids(st); st.Mode() != want.mode || uid != want.uid || gid != want.gid {
 			t.Errorf("%s has mode %v and belongs to %d:%d, want %+v", name, st.Mode(), uid, gid, want)
+		}
+	}
+	// The owner gets there.
+	for _, dir := range []string{out, filepath.Join(out, "vms")} {
+		if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o755 {
+			t.Errorf("the folder %s has mode %v, %v, want 0755", dir, st.Mode(), err)
 		}
 	}
 	// The same folder, for us again.

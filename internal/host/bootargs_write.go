@@ -68,8 +68,8 @@ func lookupOwner(s string) (o fileOwner, err error) {
 
 // Write writes the files into their folder, of mode 0600, each by renaming it
 // into place, and removes those that an earlier run has left there. The folder
-// is made, of mode 0700, if it is not there; else it has to be ours alone. With
-// an owner the files are theirs, and their group may pass the folder. Files of
+// is made, of mode 0700, if it is not there, and those above it of mode 0755;
+// else it has to be ours alone. With an owner the files are theirs, and their group may pass the folder. Files of
 // other names are left alone. Whether a file is on a disk is the caller's
 // affair: the place for the folder is below /run.
 func (b *Boot) Write() error {
@@ -108,7 +108,7 @@ func (b *Boot) Write() error {
 
 // openOut makes the folder or checks that it is ours alone, and opens it.
 func openOut(out string, who fileOwner) (root *os.Root, err error) {
-	if err := os.MkdirAll(out, 0o700); err != nil {
+	if err := makePrivate(out); err != nil {
 		return nil, fmt.Errorf("making the folder: %w", err)
 	}
 	named, err := os.Lstat(out)
@@ -157,6 +157,45 @@ func openOut(out string, who fileOwner) (root *os.Root, err error) {
 		}
 	}
 	return root, nil
+}
+
+// makePrivate makes a folder of mode 0700, and those above it that are missing
+// of mode 0755: others may have theirs there, too.
+func makePrivate(path string) error {
+	path = filepath.Clean(path)
+	switch st, err := os.Stat(path); {
+	case err == nil && !st.IsDir():
+		return &fs.PathError{Op: "mkdir", Path: path, Err: syscall.ENOTDIR}
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	if err := mkdirAll(filepath.Dir(path)); err != nil {
+		return err
+	}
+	err := os.Mkdir(path, 0o700)
+	if st, errStat := os.Lstat(path); errors.Is(err, fs.ErrExist) && errStat == nil && st.IsDir() {
+		return nil
+	}
+	return err
+}
+
+// mkdirAll is os.MkdirAll with mode 0755, whatever the umask.
+func mkdirAll(path string) error {
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if parent := filepath.Dir(path); parent != path {
+		if err := mkdirAll(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(path, 0o755); err != nil { //nolint:gosec // /run/guestagent is for everybody to pass through
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	return os.Chmod(path, 0o755) //nolint:gosec // as above
 }
 
 // writeBootFile writes one file.

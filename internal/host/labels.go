@@ -15,6 +15,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"unicode"
 	"unicode/utf8"
 
@@ -25,6 +26,7 @@ import (
 const (
 	labelsFile = "labels.json"
 	labelsTemp = ".labels.json.new"
+	labelsLock = "lock"
 	// labelsVersion is the version of the file's form.
 	labelsVersion = 1
 	// maxLabels bounds the file. What is written is always shorter: 1023 entries
@@ -49,6 +51,7 @@ const (
 // It is used by one goroutine, and a folder by one Labels.
 type Labels struct {
 	root    *os.Root
+	lock    *os.File
 	dir     string
 	state   labels
 	unsaved bool
@@ -70,15 +73,16 @@ type labelling struct {
 	Revision string `json:"revision"`
 	MAC      []byte `json:"mac"`
 	// New says that the value has changed since [Labels.Tried].
-	New bool `json:"new,omitzero"`
+	New      bool   `json:"new,omitzero"`
 	Rejected bool   `json:"rejected,omitzero"`
 	Problem  string `json:"problem,omitzero"`
 }
 
 // OpenLabels opens the labels that are kept in the folder, and makes it, with
-// mode 0700, if it is missing. A folder that is another user's, or that others
-// may write to, is an error. Labels that cannot be read are none: see
-// [Labels.Problem]. The caller closes it.
+// mode 0700, if it is missing. A folder that is another user's, that others may
+// write to, or whose lock another process has, is an error; the last one matches
+// [ErrProviderRuns]. Labels that cannot be read are none: see [Labels.Problem].
+// The caller closes it.
 func OpenLabels(dir string) (*Labels, error) {
 	l, err := openLabels(dir)
 	if err != nil {
@@ -91,7 +95,7 @@ func openLabels(dir string) (_ *Labels, err error) {
 	if dir == "" {
 		return nil, errors.New("no folder is named")
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := makePrivate(dir); err != nil {
 		return nil, err
 	}
 	root, err := os.OpenRoot(dir)
@@ -112,7 +116,11 @@ func openLabels(dir string) (_ *Labels, err error) {
 	case fi.Mode().Perm()&0o022 != 0:
 		return nil, fmt.Errorf("others may write to the folder, its mode is %#o; take one of this user alone, with mode 0700", fi.Mode().Perm())
 	}
-	l := &Labels{root: root, dir: dir}
+	lock, err := lockLabels(root)
+	if err != nil {
+		return nil, err
+	}
+	l := &Labels{root: root, lock: lock, dir: dir}
 	switch b, err := readLabels(root); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -133,12 +141,29 @@ func openLabels(dir string) (_ *Labels, err error) {
 	return l, nil
 }
 
+// lockLabels takes the folder's lock, which its file's end gives back.
+func lockLabels(root *os.Root) (*os.File, error) {
+	f, err := root.OpenFile(labelsLock, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == nil {
+		return f, nil
+	}
+	_ = f.Close()
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil, fmt.Errorf("%w, or another provider keeps its labels here; end that one, or take another folder", ErrProviderRuns)
+	}
+	return nil, fmt.Errorf("taking the lock: %w", err)
+}
+
 // Problem is why the labels that were kept could not be read and are as good
 // as none, in one line for a log, or empty. It says nothing of any value.
 func (l *Labels) Problem() string { return l.problem }
 
-// Close closes the folder. What was not saved is lost.
-func (l *Labels) Close() error { return l.root.Close() }
+// Close closes the folder, and gives its lock back. What was not saved is lost.
+func (l *Labels) Close() error { return errors.Join(l.root.Close(), l.lock.Close()) }
 
 // Label labels all values of a set. One that has no Revision gets that which
 // its value has had so far, or a new one if the value has changed, were it back

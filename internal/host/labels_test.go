@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -35,7 +36,7 @@ func openTestLabels(t *testing.T, dir string) *Labels {
 	t.Helper()
 	l, err := OpenLabels(dir)
 	must(t, err)
-	t.Cleanup(func() { must(t, l.Close()) })
+	t.Cleanup(func() { _ = l.Close() }) // many were closed by their tests
 	return l
 }
 
@@ -72,6 +73,7 @@ func TestLabels(t *testing.T) {
 		}
 	}
 	same(first, "a=1", "b=1", "c@mine=1")
+	must(t, l.Close())
 	l = openTestLabels(t, dir)
 	same([]string{"mine", first[1], first[0]}, "c@mine=1", "b=1", "a=1")
 
@@ -119,14 +121,15 @@ func TestLabelsRejected(t *testing.T) {
 	check("000", "a=1", "b@7=1", "c=1")
 	must(t, l.Reject([]string{"a", "b", "none"}, "x.service: it\nfailed\x1b[1m \xff\ufffd"))
 	check("110", "a=1", "b@7=1", "c=1")
+	must(t, l.Close())
 	l = openTestLabels(t, dir)
 	want := map[string]string{"a": "x.service: it failed [1m ??", "b": "x.service: it failed [1m ??"}
 	if got := l.Rejected(); !reflect.DeepEqual(got, want) || l.Problem() != "" {
 		t.Errorf("Rejected() = %q, want %q; Problem() = %q", got, want, l.Problem())
 	}
 	check("110", "a=1", "b@8=1", "c=1") // the value is rejected, not its label
-	check("000", "a=2", "b=1", "c=1") // another set: a certificate that comes with the right key now
-	check("000", "a=1", "b=1", "c=1") // only the current value is known
+	check("000", "a=2", "b=1", "c=1")   // another set: a certificate that comes with the right key now
+	check("000", "a=1", "b=1", "c=1")   // only the current value is known
 	must(t, l.Reject([]string{"a", "b"}, ""))
 	must(t, l.Accept([]string{"b", "none"}))
 	check("100", "a=1", "b=1", "c=1")
@@ -179,8 +182,8 @@ func TestLabelsFile(t *testing.T) {
 	if fi, err := os.Stat(dir); err != nil || fi.Mode() != fs.ModeDir|0o700 {
 		t.Errorf("the folder has mode %v, %v, want 0700", fi.Mode(), err)
 	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("the folder has %v, %v, want one file", entries, err)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
+		t.Errorf("the folder has %v, %v, want the file and its lock", entries, err)
 	}
 
 	label(t, l, "a="+canary, "b="+canary)
@@ -201,7 +204,7 @@ func TestLabelsDamaged(t *testing.T) {
 	l := openTestLabels(t, dir)
 	first := label(t, l, "a=1")
 	good, err := os.ReadFile(file)
-	must(t, err)
+	must(t, errors.Join(err, l.Close()))
 	for name, tt := range map[string]struct{ in, want string }{
 		"empty":     {"", "is damaged"},
 		"cut":       {string(good[:len(good)/2]), "is damaged"},
@@ -220,10 +223,12 @@ func TestLabelsDamaged(t *testing.T) {
 			t.Errorf("%s: Problem() = %q, want %q in one line", name, p, tt.want)
 		}
 		second := label(t, l, "a=1")
+		must(t, l.Close())
 		again := openTestLabels(t, dir)
 		if third := label(t, again, "a=1"); second[0] == first[0] || third[0] != second[0] || again.Problem() != "" {
 			t.Errorf("%s: labels %q, %q, %q, want another that is kept; Problem() = %q", name, first, second, third, again.Problem())
 		}
+		must(t, again.Close())
 	}
 
 	// A folder in its place is a problem that saving has, too, and labels there are.
@@ -241,6 +246,7 @@ func TestLabelsDamaged(t *testing.T) {
 	if got := label(t, l, "a=1"); got[0] != creds[0].Revision {
 		t.Errorf("Label = %q, want %q", got, creds[0].Revision)
 	}
+	must(t, l.Close())
 	if got := label(t, openTestLabels(t, dir), "a=1"); got[0] != creds[0].Revision {
 		t.Errorf("Label after what could not be saved was saved = %q, want %q", got, creds[0].Revision)
 	}
@@ -273,6 +279,22 @@ func TestOpenLabelsRefuses(t *testing.T) {
 	}
 }
 
+// Two that share a folder would write over each other's labels.
+func TestLabelsLock(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "labels", "web")
+	l := openTestLabels(t, dir)
+	if other, err := OpenLabels(dir); !errors.Is(err, ErrProviderRuns) || other != nil || !strings.Contains(err.Error(), "keeps its labels here") {
+		t.Errorf("OpenLabels of a folder in use = %v, %v, want %v", other, err, ErrProviderRuns)
+	}
+	must(t, l.Close())
+	openTestLabels(t, dir)
+	for path, want := range map[string]fs.FileMode{dir: 0o700, filepath.Dir(dir): 0o755} {
+		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != want {
+			t.Errorf("the folder %s has mode %v, %v, want %v", path, st.Mode(), err, want)
+		}
+	}
+}
+
 func TestLabelRefuses(t *testing.T) {
 	l := openTestLabels(t, filepath.Join(t.TempDir(), "s"))
 	var much []string
@@ -294,6 +316,7 @@ func TestLabelRefuses(t *testing.T) {
 	}
 	must(t, l.Label(creds))
 	must(t, l.Reject(names, strings.Repeat("\u2028", maxProblem)))
+	must(t, l.Close())
 	again := openTestLabels(t, l.dir)
 	if got := again.Rejected(); again.Problem() != "" || len(got) != len(creds) || len(got[names[0]]) > maxProblem {
 		t.Errorf("after %d rejections there are %d; Problem() = %q", len(creds), len(got), again.Problem())

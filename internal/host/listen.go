@@ -62,12 +62,10 @@ type MuxListener struct {
 	dir, name string
 	log       *slog.Logger
 
-	conns     chan net.Conn
-	ctx       context.Context // ends with Close
-	cancel    context.CancelFunc
-	wg        sync.WaitGroup
-	ready     chan struct{}
-	readyOnce sync.Once
+	conns  chan net.Conn
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
 
 	// looking is held during a look, which does system calls in a folder of
 	// somebody else.
@@ -161,7 +159,6 @@ func newMux(cfg MuxConfig) *MuxListener {
 		dir: filepath.Dir(cfg.Path), name: filepath.Base(cfg.Path) + "_" + strconv.FormatUint(uint64(cfg.Port), 10),
 		log:   cfg.Log,
 		conns: make(chan net.Conn),
-		ready: make(chan struct{}),
 	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
@@ -189,9 +186,6 @@ func (m *MuxListener) Addr() net.Addr {
 }
 
 func (m *MuxListener) path() string { return filepath.Join(m.dir, m.name) }
-
-// Ready is closed once the socket was there for the first time.
-func (m *MuxListener) Ready() <-chan struct{} { return m.ready }
 
 // Problem is why nobody can connect at present, and the way out, or "".
 func (m *MuxListener) Problem() string {
@@ -309,7 +303,6 @@ func (m *MuxListener) lookLocked() error {
 	}
 	m.cur = s
 	m.wg.Go(func() { m.accept(s) })
-	m.readyOnce.Do(func() { close(m.ready) })
 	m.log.Info("a guest can reach its provider", slog.String("socket", m.path()), slog.Int("uid", want.uid), slog.Int("gid", want.gid))
 	return nil
 }

@@ -379,25 +379,6 @@ func listenLocal(path, group string) (_ net.Listener, err error) {
 	return l, nil
 }
 
-// mkdirAll is os.MkdirAll with mode 0755, whatever the umask.
-func mkdirAll(path string) error {
-	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if parent := filepath.Dir(path); parent != path {
-		if err := mkdirAll(parent); err != nil {
-			return err
-		}
-	}
-	if err := os.Mkdir(path, 0o755); err != nil { //nolint:gosec // /run/guestagent is for everybody to pass through
-		if errors.Is(err, fs.ErrExist) {
-			return nil
-		}
-		return err
-	}
-	return os.Chmod(path, 0o755) //nolint:gosec // as above
-}
-
 // A localListener is a socket in a folder of root's, and its lock.
 type localListener struct {
 	*boundSocket

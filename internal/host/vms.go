@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/coreos/go-systemd/v22/unit"
+
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -31,7 +33,8 @@ type Guest struct {
 // A ProviderAddress says where the provider of one guest listens on the host.
 type ProviderAddress struct {
 	// Port is what the guest dials on CID 2. Over AF_VSOCK the VMs of a host
-	// share its ports, so that each needs one of its own.
+	// share its ports, so that each needs one of its own, from
+	// [vsockrpc.FirstProviderPort] to [vsockrpc.LastProviderPort].
 	Port uint32
 	// Socket is the provider's own Unix socket, for its status, or "" for a
 	// guest that has no name.
@@ -67,6 +70,16 @@ const privilegedPorts = 1024
 
 // maxSocketPath is the longest path of a Unix socket, in bytes.
 const maxSocketPath = 107
+
+// PathName makes a name of the path of a VM's socket, as systemd-escape --path
+// does, so that no two paths have one name.
+func PathName(path string) (string, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", fmt.Errorf("making a name of the path %q: %w", path, err)
+	}
+	return unit.UnitNamePathEscape(abs), nil
+}
 
 // ErrUnknownVM is matched where a name is neither a target nor a VM's.
 var ErrUnknownVM = errors.New("no such VM")
@@ -191,10 +204,30 @@ func checkProviderPort(port uint32, scheme vsockrpc.Scheme) error {
 		return fmt.Errorf("the provider's port %d is no number from 1 to %d", port, uint32(math.MaxUint32-1))
 	case scheme == vsockrpc.SchemeUnix:
 		return errors.New("the provider's port is for a guest that has vsock, and over unix:PATH none can call; leave it out")
-	case scheme == vsockrpc.SchemeVsock && port >= privilegedPorts:
-		return fmt.Errorf("the provider's port %d is not below %d: any user of this host could listen there in its place; choose one that no other VM's provider has", port, privilegedPorts)
+	case port == vsockrpc.DefaultPort:
+		return fmt.Errorf("the provider's port %d is an agent's, and no guest takes it; the provider's is %d where it need not be another", port, vsockrpc.DefaultProviderPort)
+	case scheme == vsockrpc.SchemeVsock:
+		return CheckProviderPort(port)
 	}
 	return nil
+}
+
+// CheckProviderPort refuses a port that a provider should not listen on over
+// AF_VSOCK.
+func CheckProviderPort(port uint32) error {
+	const first, last = vsockrpc.FirstProviderPort, vsockrpc.LastProviderPort
+	why := ""
+	switch {
+	case port >= privilegedPorts:
+		why = "any user of this host could listen there in its place"
+	case port > last:
+		why = fmt.Sprintf("%d is an agent's, and %d is kept free", vsockrpc.DefaultPort, privilegedPorts-1)
+	case port < first:
+		why = "it could be taken, since guests are called from those below"
+	default:
+		return nil
+	}
+	return fmt.Errorf("the provider's port %d is not from %d to %d: %s; choose one there that no other VM's provider has", port, first, last, why)
 }
 
 func checkProviderSocket(path string) error {

@@ -119,7 +119,9 @@ func TestProviderOfVM(t *testing.T) {
 	for in, want := range map[string]ProviderAddress{
 		`{"target": "vsock:3"}`:                                                         {1021, "/run/guestagent/provide/web.sock"},
 		`{"target": "unix:/a", "provider": {}}`:                                         {1021, "/run/guestagent/provide/web.sock"},
-		`{"target": "vsock:3", "provider": {"port": 1023}}`:                             {1023, "/run/guestagent/provide/web.sock"},
+		`{"target": "vsock:3", "provider": {"port": 768}}`:                              {768, "/run/guestagent/provide/web.sock"},
+		`{"target": "vsock:3", "provider": {"port": 1021}}`:                             {1021, "/run/guestagent/provide/web.sock"},
+		`{"target": "vsock-mux:/a", "provider": {"port": 1}}`:                           {1, "/run/guestagent/provide/web.sock"},
 		`{"target": "vsock-mux:/a", "provider": {"port": 4294967294, "socket": "/b"}}`:  {4294967294, "/b"},
 		`{"target": "unix:/a", "provider": {"socket": "` + long[:maxSocketPath] + `"}}`: {1021, long[:maxSocketPath]},
 	} {
@@ -129,7 +131,11 @@ func TestProviderOfVM(t *testing.T) {
 		}
 	}
 	for in, want := range map[string]string{
-		`{"target": "vsock:3", "provider": {"port": 1024}}`:             "not below 1024",
+		`{"target": "vsock:3", "provider": {"port": 1024}}`:             "not from 768 to 1021: any user",
+		`{"target": "vsock:3", "provider": {"port": 767}}`:              "not from 768 to 1021: it could be taken",
+		`{"target": "vsock:3", "provider": {"port": 1022}}`:             "is an agent's",
+		`{"target": "vsock-mux:/a", "provider": {"port": 1022}}`:        "is an agent's",
+		`{"target": "vsock:3", "provider": {"port": 1023}}`:             "not from 768 to 1021: 1022 is an agent's",
 		`{"target": "vsock:3", "provider": {"port": 0}}`:                "from 1 to",
 		`{"target": "vsock-mux:/a", "provider": {"port": 4294967295}}`:  "from 1 to",
 		`{"target": "vsock-mux:/a", "provider": {"port": 4294967296}}`:  "should be like",
@@ -158,6 +164,29 @@ func TestProviderOfVM(t *testing.T) {
 	}
 }
 
+func TestPathName(t *testing.T) {
+	seen := map[string]string{}
+	for path, want := range map[string]string{
+		"/var/lib/microvms/web/notify.vsock": "var-lib-microvms-web-notify.vsock",
+		"/run/vms/a.sock":                    "run-vms-a.sock",
+		"/run/vms//./b.sock":                 "run-vms-b.sock",
+		"/vsock":                             "vsock",
+		"/a-b":                               `a\x2db`,
+		"/a/b":                               "a-b",
+		"/.a":                                `\x2ea`,
+	} {
+		got, err := PathName(path)
+		if err != nil || got != want || seen[got] != "" {
+			t.Errorf("PathName(%q) = %q, %v, want %q, and it is that of %q", path, got, err, want, seen[got])
+		}
+		seen[got] = path
+	}
+	t.Chdir("/")
+	if got, err := PathName("run/v.sock"); err != nil || got != "run-v.sock" {
+		t.Errorf("PathName of a relative path = %q, %v, want run-v.sock", got, err)
+	}
+}
+
 func FuzzParseVM(f *testing.F) {
 	f.Add(`{"target": "vsock:3"}`)
 	f.Add(`{"target": "vsock-mux:/run/vm.sock:1022"}`)
@@ -177,7 +206,7 @@ func FuzzParseVM(f *testing.F) {
 		if err != nil || again != g.Target {
 			t.Errorf("parseVM(%q) = %v, which parses as %v, %v", in, g.Target, again, err)
 		}
-		if p := g.Provider; p.Port == 0 || g.Target.Scheme == vsockrpc.SchemeVsock && p.Port >= privilegedPorts || !filepath.IsAbs(p.Socket) {
+		if p := g.Provider; p.Port == 0 || g.Target.Scheme == vsockrpc.SchemeVsock && CheckProviderPort(p.Port) != nil || !filepath.IsAbs(p.Socket) {
 			t.Errorf("parseVM(%q) has the provider %v", in, p)
 		}
 	})

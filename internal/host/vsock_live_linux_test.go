@@ -148,8 +148,8 @@ func TestLiveVsock(t *testing.T) {
 		t.Fatalf("the machine's CID is %d, want a guest's", own)
 	}
 	const (
-		bellA, bellB   = vsockrpc.DefaultProviderPort, 511
-		agentA, agentB = 401, 402
+		bellA, bellB   = vsockrpc.DefaultProviderPort, vsockrpc.DefaultProviderPort - 1
+		agentA, agentB = 101, 102 // below the source ports
 	)
 	a := newVsockGuest(t, unix.VMADDR_CID_LOCAL, agentA, bellA, "a=1")
 	b := newVsockGuest(t, own, agentB, bellB, "b=1")
@@ -213,30 +213,30 @@ func TestLiveVsock(t *testing.T) {
 	})
 
 	// Providers stay connected, and nobody can listen on a port that one calls
-	// from: so a provider has the one that is left out, or one below them all.
+	// from: so those are no providers' ports.
 	t.Run("ports", func(t *testing.T) {
 		await(t, "two ports are taken", func() bool {
 			taken := 0
-			for port := uint32(1023); port >= 512; port-- {
+			for port := uint32(vsockrpc.FirstProviderPort - 1); port >= 128; port-- {
 				l, err := vsockrpc.ListenVsock(t.Context(), port, 0)
 				if err == nil {
 					must(t, l.Close())
 				}
-				if errors.Is(err, unix.EADDRINUSE) && port != vsockrpc.DefaultPort && port != bellA {
+				if errors.Is(err, unix.EADDRINUSE) {
 					taken++
 				}
 			}
 			return taken >= 2
 		})
 		for _, p := range slices.Concat(a.peers(), b.peers()) {
-			if p.Port == bellA || p.Port < 512 {
+			if p.Port >= vsockrpc.FirstProviderPort || p.Port < 128 {
 				t.Errorf("a provider called from port %d, where another may listen", p.Port)
 			}
 		}
 	})
 
 	t.Run("nobody", func(t *testing.T) {
-		for _, port := range []string{"1021", "1020", strconv.Itoa(bellB), "1"} {
+		for _, port := range []string{strconv.Itoa(bellA), strconv.Itoa(bellB), "511", "1"} {
 			cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestLiveVsock$") // its path may be for this user alone
 			cmd.Dir = "/"
 			cmd.Env = append(os.Environ(), bindEnv+"="+port)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -113,6 +114,7 @@ func TestProvideVM(t *testing.T) {
 			}),
 		}
 		all := []string{"ordered.service", "waiting.service"}
+		var booted []byte
 		// Each release is told in another way, and one holds the boot.
 		switch {
 		case release.Systemd >= 260:
@@ -123,7 +125,9 @@ func TestProvideVM(t *testing.T) {
 			})
 			all = []string{"ordered.service", "plain.service", "waiting.service"}
 		case release.Systemd >= 255:
-			cfg.OEMStrings = vm.OEM("io.guestagent.provider:vsock:2:1021")
+			// With one credential that comes the other way, in files that guestctl made for QEMU.
+			booted = newValue()
+			cfg.ExtraArgs = bootArgs(t, map[string][]byte{"booted": booted}, "--string", "io.guestagent.provider:vsock:2:1021")
 		default:
 			cfg.OEMStrings = vm.OEM("io.systemd.credential:guestagent.provider=vsock:2")
 		}
@@ -143,6 +147,11 @@ func TestProvideVM(t *testing.T) {
 			}
 		}
 		first := h.untilInForce(t, nil)
+		if booted != nil {
+			if got := vmtest.ReadFile(t, m, "/run/credstore/booted"); !bytes.Equal(got, booted) {
+				t.Errorf("booted is %s, want %s", digest(got), digest(booted))
+			}
+		}
 
 		t.Run("nobody", func(t *testing.T) { testDoorbell(t, m, value) })
 		t.Run("rotate", func(t *testing.T) {
@@ -260,6 +269,28 @@ func checkBooted(t *testing.T, m *vm.Machine, h *vmHost, before *vsockrpc.Report
 	if got := given(t, m, "boot", value, units...); !slices.Equal(got, units) {
 		t.Errorf("%q have the credential at their first start, want %q", got, units)
 	}
+}
+
+// bootArgs are the arguments that guestctl boot-args gives for QEMU.
+func bootArgs(t *testing.T, files map[string][]byte, flags ...string) []string {
+	t.Helper()
+	dir := t.TempDir()
+	in := filepath.Join(dir, "in")
+	if err := os.Mkdir(in, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range files {
+		if err := os.WriteFile(filepath.Join(in, name), value, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command(vmtest.Guestctl(t), append([]string{"boot-args", "--vmm", "qemu", "--dir", in, "--out", filepath.Join(dir, "out")}, flags...)...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 }
 
 // testDoorbell has nobody in the guest dial the provider: the answers have nothing of what it has.

@@ -159,10 +159,10 @@ func (p *pull) run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 
-	// A provider that called already, or in an earlier run, is rung all the same:
-	// its set may have changed. But nobody waits for that.
 	up := time.NewTimer(p.cfg.Provider.Timeout)
 	defer up.Stop()
+	// A provider that called already, or in an earlier run, is rung all the same:
+	// its set may have changed. But nobody waits for that.
 	before := p.a.providerDid()
 	if before {
 		p.ready()

@@ -98,6 +98,7 @@ type Provider struct {
 	reach chan struct{} // the guest answers: watch it now
 	step  Code          // at which reaching the guest failed last
 	over  atomic.Bool   // Run ends
+	retry atomic.Bool   // names that were refused are to be tried again
 }
 
 // Run runs the provider until ctx ends, or the doorbell fails for good.
@@ -134,9 +135,7 @@ func (p *Provider) Run(ctx context.Context) error {
 			select {
 			case <-changed:
 			case <-p.Reload:
-				p.mu.Lock()
-				p.last.refused = nil // what stood in the way may have gone
-				p.mu.Unlock()
+				p.retry.Store(true) // what stood in the way of a name may have gone
 			case <-ctx.Done():
 				return
 			}
@@ -384,6 +383,9 @@ func (p *Provider) outcome(r *vsockrpc.Report, creds []vsockrpc.Credential) outc
 	p.mu.Lock()
 	o := p.last
 	p.mu.Unlock()
+	if p.retry.Swap(false) {
+		o.refused = nil
+	}
 	if o.bootID != r.BootID {
 		o = outcome{bootID: r.BootID, generation: -1, state: vsockrpc.GuestInForce}
 	}

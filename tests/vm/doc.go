@@ -7,7 +7,8 @@
 // shows that it works, else QEMU's own emulation.
 //
 // With [VsockConfig] a guest has a vsock device, whose host side is a process of its own: see [DialVsock] and
-// [ListenVsock]. Nothing of it needs root or a kernel module on the host.
+// [ListenVsock]. Nothing of it needs root or a kernel module on the host. [Machine.Pause], [Machine.Reset] and
+// [Machine.RestartVsock] do to a machine what happens to machines.
 //
 // [StartContainer] boots the same image with systemd-nspawn, in half a second: for the many cases that need a real
 // systemd and neither a kernel of their own nor SMBIOS or vsock. It needs root.

@@ -34,6 +34,12 @@ func (c *Call) Params() *Decoder { return &c.params }
 // Decode decodes the parameters.
 func (c *Call) Decode(v Unmarshaler) error { return c.params.Decode(v) }
 
+// DecodeNone is Decode for a method that has no parameters.
+func (c *Call) DecodeNone() error {
+	c.params.Empty()
+	return c.params.End()
+}
+
 // Forget overwrites the message and lets go of its memory, which otherwise stays
 // until the handler returns: for a handler that has decoded the parameters, and
 // is about to take its time.

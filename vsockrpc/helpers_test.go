@@ -389,8 +389,7 @@ func testReport() *Report {
 func fakeHealth() Interface {
 	return Interface{Name: HealthInterface, Description: HealthDescription, Methods: map[string]Handler{
 		"Get": func(_ context.Context, call *Call) error {
-			call.Params().Empty()
-			if err := call.Params().End(); err != nil {
+			if err := call.DecodeNone(); err != nil {
 				return err
 			}
 			return call.Reply(&GetResult{Report: testReport()})
@@ -417,8 +416,7 @@ func fakeHealth() Interface {
 			}
 		},
 		"Ping": func(_ context.Context, call *Call) error {
-			call.Params().Empty()
-			if err := call.Params().End(); err != nil {
+			if err := call.DecodeNone(); err != nil {
 				return err
 			}
 			return call.Reply(&PingResult{BootID: "b1", Generation: 1})
@@ -431,8 +429,7 @@ func fakeProvider() Interface {
 	var rung atomic.Bool
 	return Interface{Name: ProviderInterface, Description: ProviderDescription, Methods: map[string]Handler{
 		"Ring": func(_ context.Context, call *Call) error {
-			call.Params().Empty()
-			if err := call.Params().End(); err != nil {
+			if err := call.DecodeNone(); err != nil {
 				return err
 			}
 			if !rung.Swap(true) {
@@ -441,8 +438,7 @@ func fakeProvider() Interface {
 			return call.Reply(nil)
 		},
 		"Status": func(_ context.Context, call *Call) error {
-			call.Params().Empty()
-			if err := call.Params().End(); err != nil {
+			if err := call.DecodeNone(); err != nil {
 				return err
 			}
 			return call.Reply(&ProviderStatus{

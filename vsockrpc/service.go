@@ -34,8 +34,7 @@ func (s *Server) ownInterfaces() []Interface {
 }
 
 func (s *Server) getInfo(_ context.Context, call *Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	return call.Reply(EncodeFunc(func(e *Encoder) {

@@ -30,8 +30,7 @@ func (h health) iface() vsockrpc.Interface {
 }
 
 func (h health) get(_ context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	r, err := h.a.report()
@@ -42,8 +41,7 @@ func (h health) get(_ context.Context, call *vsockrpc.Call) error {
 }
 
 func (h health) ping(_ context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	tx, err := h.a.store().View()

@@ -41,8 +41,6 @@ type Pulling struct {
 	Ready func()
 	// Status is told in one line how it gets on. Nil for nobody.
 	Status func(line string)
-
-	dial func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc's
 }
 
 // Pull asks the host's provider for the VM's set, and returns when that is in
@@ -77,10 +75,7 @@ func (a *Agent) Pull(ctx context.Context, p Pulling) error {
 		a.forgetPull(p.Log)
 		return nil
 	}
-	pull := &pull{a: a, cfg: cfg, target: target, from: from, log: p.Log, ready: ready, status: status, dial: p.dial}
-	if pull.dial == nil {
-		pull.dial = vsockrpc.Dialer{MessageLimit: maxRingAnswer}.Dial
-	}
+	pull := &pull{a: a, cfg: cfg, target: target, from: from, log: p.Log, ready: ready, status: status}
 	return pull.run(ctx)
 }
 
@@ -145,7 +140,6 @@ type pull struct {
 	log    *slog.Logger
 	ready  func()
 	status func(string)
-	dial   func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error)
 
 	late    bool   // time is up, and it goes on
 	problem string // of the last attempt
@@ -252,7 +246,7 @@ func (p *pull) await(ctx context.Context, attempt <-chan error, changed <-chan s
 func (p *pull) ring(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, ringTimeout)
 	defer cancel()
-	c, err := p.dial(ctx, p.target)
+	c, err := vsockrpc.Dialer{MessageLimit: maxRingAnswer}.Dial(ctx, p.target)
 	if err != nil {
 		return err
 	}

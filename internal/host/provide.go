@@ -194,8 +194,7 @@ func (p *Provider) local() *vsockrpc.Server {
 // ring waits until the set was found in force, or put there, after the call
 // came. Many rings are one errand.
 func (p *Provider) ring(ctx context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	done := make(chan error, 1)
@@ -221,8 +220,7 @@ func (p *Provider) ring(ctx context.Context, call *vsockrpc.Call) error {
 }
 
 func (p *Provider) tell(_ context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	p.mu.Lock()

@@ -271,7 +271,7 @@ func (h *host) inForce(i int) map[string]string {
 // changes of it. A provider that lost its labels gives others, and the guest
 // nothing new.
 func TestProviders(t *testing.T) {
-	n := 20
+	n := 100
 	if testing.Short() {
 		n = 5
 	}

@@ -40,8 +40,7 @@ func (g *Guest) report() *vsockrpc.Report {
 }
 
 func (g *Guest) get(_ context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	g.mu.Lock()
@@ -52,8 +51,7 @@ func (g *Guest) get(_ context.Context, call *vsockrpc.Call) error {
 }
 
 func (g *Guest) ping(_ context.Context, call *vsockrpc.Call) error {
-	call.Params().Empty()
-	if err := call.Params().End(); err != nil {
+	if err := call.DecodeNone(); err != nil {
 		return err
 	}
 	g.mu.Lock()

@@ -99,6 +99,9 @@ func dialMux(ctx context.Context, path string) (net.Conn, error) {
 	if errors.Is(err, unix.ENOENT) {
 		return nil, errors.New("there is no /proc; mount it")
 	}
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return nil, op.Err // its address is none that anybody knows
+	}
 	return conn, err
 }
 

@@ -21,14 +21,14 @@ import (
 // A vmHost is the host of one VM: its provider, and what that has.
 type vmHost struct {
 	// t is the test's own, and not one of its parts: the provider lives as long.
-	t *testing.T
+	t testing.TB
 
 	vsock, dir, state, status string
 
 	provider *vmtest.Host
 }
 
-func newVMHost(t *testing.T) *vmHost {
+func newVMHost(t testing.TB) *vmHost {
 	t.Helper()
 	dir := t.TempDir()
 	h := &vmHost{t: t, vsock: vmtest.VsockPath(t), dir: filepath.Join(dir, "credentials"), state: filepath.Join(dir, "state"), status: filepath.Join(dir, "status.sock")}
@@ -39,7 +39,7 @@ func newVMHost(t *testing.T) *vmHost {
 }
 
 // provide starts the provider and waits until it listens.
-func (h *vmHost) provide(t *testing.T) {
+func (h *vmHost) provide(t testing.TB) {
 	t.Helper()
 	h.provider = vmtest.StartHost(h.t, vmtest.HostConfig{
 		Args: []string{"provide", "--listen-mux", h.vsock, "--dir", h.dir, "--state", h.state, "--socket", h.status, "--refresh", "auto"},
@@ -49,7 +49,7 @@ func (h *vmHost) provide(t *testing.T) {
 }
 
 // put replaces a file as one should.
-func (h *vmHost) put(t *testing.T, name string, value []byte) {
+func (h *vmHost) put(t testing.TB, name string, value []byte) {
 	t.Helper()
 	tmp := filepath.Join(h.dir, "."+name)
 	if err := os.WriteFile(tmp, value, 0o600); err != nil {
@@ -219,6 +219,38 @@ func TestProvideVM(t *testing.T) {
 		})
 		t.Run("core", func(t *testing.T) { testNoCore(t, h, value) })
 	})
+}
+
+// BenchmarkBootVM is how long PID 1 takes to boot a VM, by turns with a pull over vsock and without. The image is the same,
+// and the provider runs.
+func BenchmarkBootVM(b *testing.B) {
+	release := vmtest.Releases(b)[0] // skips before anything is built
+	h := newVMHost(b)
+	h.put(b, "boot", newValue())
+	h.provide(b)
+	cfg := vm.Config{
+		Image: vmtest.Image(b, release), Vsock: &vm.VsockConfig{Path: h.vsock},
+		Overlay: append(agentFiles(b), vm.File{Path: agentConfig, Content: []byte(`{"peer": {"privilegedPort": "ignored"}}`)}),
+	}
+	var without, with []float64
+	for b.Loop() {
+		for _, line := range [][]string{nil, {"guestagent.provider=vsock:2:1021"}} {
+			cfg.CommandLine = line
+			m := vmtest.Boot(b, cfg)
+			if took := bootTime(b, m); line == nil {
+				without = append(without, took)
+			} else {
+				with = append(with, took)
+			}
+			if err := m.Close(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	slices.Sort(without)
+	slices.Sort(with)
+	b.ReportMetric(without[len(without)/2], "ms-without")
+	b.ReportMetric(with[len(with)/2], "ms-with")
 }
 
 // listenPID1 takes what a guest's PID 1 says to its VMM on a vsock port (vmm.notify_socket), and returns what it has said.

@@ -24,7 +24,8 @@ const (
 	asks          = `{"provider": {"address": "unix:` + hostBell + `"}}`
 	asksOnce      = `{"provider": {"address": "unix:` + hostBell + `", "timeout": 1}}`
 	requires      = `{"provider": {"address": "unix:` + hostBell + `", "timeout": 1, "required": true}}`
-	asksElsewhere = `{"provider": {"address": "unix:/run/hang.sock", "timeout": 1}}`
+	falseBell     = "/run/false.sock"
+	asksElsewhere = `{"provider": {"address": "unix:` + falseBell + `", "timeout": 1}}`
 )
 
 // hostProvider is the provider of a container. It starts when it is told to, so early that nothing has to wait for the
@@ -157,20 +158,36 @@ func TestProvide(t *testing.T) {
 				t.Errorf("the reasons = %q", got)
 			}
 		})
-		t.Run("hanging", func(t *testing.T) {
-			// Somebody listens there, and says nothing. Then the provider comes, and calls.
-			m := boot(t, release, newValue(), asksElsewhere, slices.Concat(
-				wanted("sysinit.target", "hang.socket", lines("[Unit]", "DefaultDependencies=no", "[Socket]", "ListenStream=/run/hang.sock")),
-				[]vm.File{{Path: "/etc/systemd/system/hang.service", Content: []byte(loads())}},
-			)...)
-			untilState(t, m, "active", "ordered.service", credTarget)
-			if got := providerState(t, m); got != vsockrpc.ProviderUnreachable {
-				t.Errorf("the provider's state = %q, want unreachable", got)
-			}
-			hostStart(t, m)
-			untilState(t, m, "active", "waiting.service")
-			eventually(t, "the pull has ended", func() bool { return show(t, m, pullService, "SubState") == "exited" })
-		})
+		// Somebody else listens there. The boot ends, and the provider calls when it comes.
+		answering := func(command string) []vm.File {
+			return slices.Concat(
+				wanted("sysinit.target", "false.socket", lines("[Unit]", "DefaultDependencies=no", "[Socket]", "ListenStream="+falseBell, "Accept=yes")),
+				[]vm.File{{Path: unitDir + "false@.service", Content: []byte(lines(
+					"[Unit]", "DefaultDependencies=no", "[Service]", "StandardInput=socket", "StandardError=journal", "ExecStart=/bin/sh -c '"+command+"'",
+				))}},
+			)
+		}
+		for name, command := range map[string]string{
+			"hanging":  "exec sleep infinity",
+			"garbage":  "echo garbage; head -c 1 /dev/zero",
+			"too much": "yes | head -c 2000000",
+		} {
+			t.Run(name, func(t *testing.T) {
+				value := newValue()
+				m := boot(t, release, value, asksElsewhere, answering(command)...)
+				untilState(t, m, "active", "ordered.service", credTarget)
+				if got := providerState(t, m); got != vsockrpc.ProviderUnreachable {
+					t.Errorf("the provider's state = %q, want unreachable", got)
+				}
+				if got := show(t, m, "false.socket", "NAccepted"); got == "0" {
+					t.Error("nobody was asked")
+				}
+				hostStart(t, m)
+				untilState(t, m, "active", "waiting.service")
+				wantGiven(t, m, "waiting.service", "boot", value)
+				eventually(t, "the pull has ended", func() bool { return show(t, m, pullService, "SubState") == "exited" })
+			})
+		}
 		t.Run("dying", func(t *testing.T) {
 			// A provider that is killed again and again while it is asked, and while it hands over.
 			value := newValue()

@@ -486,15 +486,15 @@ func checkPrintable(s string) error {
 // permission or of watches, and on other systems, it looks each second. To look
 // is to compare the files' metadata; nothing is read.
 func (f Folder) Watch(ctx context.Context, changed chan<- struct{}) error {
-	return f.watch(ctx, changed, lookWhenNotified, lookWhenBlind)
+	return f.watch(ctx, changed, newNotifier(), lookWhenNotified, lookWhenBlind)
 }
 
-func (f Folder) watch(ctx context.Context, changed chan<- struct{}, notified, blind time.Duration) error {
+// watch closes n.
+func (f Folder) watch(ctx context.Context, changed chan<- struct{}, n *notifier, notified, blind time.Duration) error {
+	defer n.close()
 	if err := f.check(); err != nil {
 		return fmt.Errorf("watching credentials in %q: %w", f.Dir, err)
 	}
-	n := newNotifier()
-	defer n.close()
 	return watcher{
 		events: n.events,
 		look: func() ([sha256.Size]byte, time.Duration) {

@@ -142,10 +142,14 @@ type notifier struct {
 
 func newNotifier() *notifier {
 	n := openNotifier()
+	n.start()
+	return n
+}
+
+func (n *notifier) start() {
 	if n.f != nil {
 		go n.read()
 	}
-	return n
 }
 
 func openNotifier() *notifier {

@@ -170,7 +170,9 @@ func TestWatch(t *testing.T) {
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			changed, end := make(chan struct{}, 1), make(chan error, 1)
-			go func() { end <- f.watch(ctx, changed, time.Hour, time.Hour) }()
+			n := needNotifier(t)
+			n.start()
+			go func() { end <- f.watch(ctx, changed, n, time.Hour, time.Hour) }()
 			deadline := time.After(time.Minute)
 			await := func(what string) {
 				t.Helper()
@@ -199,6 +201,24 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// needNotifier waits for one of the 128 instances of inotify that a user has:
+// a fleet that another test starts at this time takes them all.
+func needNotifier(t *testing.T) *notifier {
+	t.Helper()
+	deadline := time.After(time.Minute)
+	for {
+		n := openNotifier()
+		if n.f != nil {
+			return n
+		}
+		select {
+		case <-deadline:
+			t.Fatal("all instances of inotify are taken (fs.inotify.max_user_instances)")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 func TestWatchEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -215,7 +235,7 @@ func TestNotifierMatters(t *testing.T) {
 	dir := tempDir(t)
 	write(t, dir, map[string]string{"run/1/p-a": "", "run/2/p-a": ""})
 	link(t, "1", dir+"/run/secrets")
-	n := openNotifier()
+	n := needNotifier(t)
 	defer n.f.Close()
 	f := Folder{Dir: dir + "/run/secrets", Prefix: "p-"}
 	if _, next := f.look(n, time.Hour, time.Second); next != time.Hour {

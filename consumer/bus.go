@@ -24,6 +24,8 @@ var ErrLost = errors.New("connection to systemd lost")
 
 const (
 	busName      = "org.freedesktop.systemd1"
+	managerPath  = dbus.ObjectPath("/org/freedesktop/systemd1")
+	ifaceManager = "org.freedesktop.systemd1.Manager"
 	ifaceUnit    = "org.freedesktop.systemd1.Unit"
 	ifaceService = "org.freedesktop.systemd1.Service"
 	unitFolder   = "/org/freedesktop/systemd1/unit/"
@@ -53,7 +55,8 @@ type Conn struct {
 	cfg     Config
 	manager *systemd.Conn // makes its calls on bus
 	bus     *dbus.Conn
-	wire    *wire // below bus
+	signals *signals // of bus
+	wire    *wire    // below bus
 
 	mu      sync.Mutex
 	unknown map[property]bool // this systemd does not have them
@@ -91,7 +94,9 @@ func dial(ctx context.Context, cfg Config, connect func() (net.Conn, error)) (*C
 
 // introduce makes a D-Bus connection of the wire.
 func (c *Conn) introduce() (err error) {
-	c.bus, err = dbus.NewConn(c.wire, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	queues, _ := dbus.NewSequentialSignalHandler().(registrar) // as it has promised Signal and Close
+	c.signals = &signals{registrar: queues}
+	c.bus, err = dbus.NewConn(c.wire, dbus.WithSignalHandler(c.signals))
 	if err != nil {
 		return err
 	}

@@ -89,7 +89,16 @@ func TestStuck(t *testing.T) {
 		"Unit":     func(ctx context.Context, c *Conn) error { _, err := c.Unit(ctx, "a.service", nil); return err },
 		"Status":   func(ctx context.Context, c *Conn) error { _, err := c.Status(ctx, "a.service"); return err },
 		"Starting": func(ctx context.Context, c *Conn) error { _, err := c.Starting(ctx, "a.service"); return err },
-		"Own":      func(ctx context.Context, c *Conn) error { _, _, _, err := c.Own(ctx); return err },
+		"System":   func(ctx context.Context, c *Conn) error { _, err := c.System(ctx); return err },
+		"Follower": func(ctx context.Context, c *Conn) error {
+			f, err := c.Follow(ctx)
+			if err != nil {
+				return err
+			}
+			_, err = f.Find(ctx, []string{"a"})
+			return err
+		},
+		"Own": func(ctx context.Context, c *Conn) error { _, _, _, err := c.Own(ctx); return err },
 		"Run": func(ctx context.Context, c *Conn) error {
 			_, err := c.Run(ctx, []Job{{"a.service", ActionRestart}}, nil)
 			return err

@@ -1,5 +1,6 @@
 // Package consumer asks systemd which units load a credential, and makes them
-// load it again.
+// load it again. It also tells how systemd as a whole is doing, and when to ask
+// anew.
 //
 // It speaks D-Bus with PID 1 over PID 1's own socket, which is there before the
 // bus is and does not depend on it, and works with systemd 252 to 262. What a

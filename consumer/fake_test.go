@@ -15,19 +15,18 @@ import (
 	"github.com/godbus/dbus/v5"
 )
 
-const managerInterface = "org.freedesktop.systemd1.Manager"
-
 var testConfig = Config{Bus: "/nowhere", Store: "/run/credstore", Socket: "/run/guestagent/credentials.sock"}
 
 // A fakeManager answers like PID 1 on its own socket: it knows properties, and
 // has one function for all else that is called.
 type fakeManager struct {
 	mu     sync.Mutex
-	units  map[string]map[property]any
+	units  map[string]map[property]any // that of "" are the manager's
 	call   func(member string, args []any) ([]any, error)
-	silent bool          // reads, and answers nothing but the authentication
-	busy   chan struct{} // if not nil, it does nothing more until this is closed
-	asked  []string      // every property, "UNIT INTERFACE.NAME"
+	silent bool                          // reads, and answers nothing but the authentication
+	busy   chan struct{}                 // if not nil, it does nothing more until this is closed
+	asked  []string                      // every property, "UNIT INTERFACE.NAME"
+	got    func(unit string, p property) // if not nil, called before a property is answered
 	conns  []*fakeConn
 }
 
@@ -39,7 +38,7 @@ type fakeConn struct {
 
 // newFake returns a fake PID 1 and a connection to it, over pipes, which end
 // with the test.
-func newFake(t *testing.T) (*fakeManager, *Conn) {
+func newFake(t testing.TB) (*fakeManager, *Conn) {
 	t.Helper()
 	m := &fakeManager{units: make(map[string]map[property]any)}
 	c, err := dial(t.Context(), testConfig, m.connect(t))
@@ -51,7 +50,7 @@ func newFake(t *testing.T) (*fakeManager, *Conn) {
 }
 
 // connect returns a function that connects to the fake.
-func (m *fakeManager) connect(t *testing.T) func() (net.Conn, error) {
+func (m *fakeManager) connect(t testing.TB) func() (net.Conn, error) {
 	return func() (net.Conn, error) {
 		ours, theirs := net.Pipe()
 		conn := &fakeConn{Conn: ours}
@@ -155,32 +154,44 @@ func (m *fakeManager) answer(msg *dbus.Message) ([]any, error) {
 		return nil, errSilent
 	case iface == "org.freedesktop.DBus.Properties" && member == "Get":
 		return m.property(path, property{msg.Body[0].(string), msg.Body[1].(string)})
-	case iface == managerInterface && call != nil:
+	case iface == ifaceManager && call != nil:
 		return call(member, msg.Body)
 	default:
 		return nil, busError("org.freedesktop.DBus.Error.UnknownMethod", iface+"."+member)
 	}
 }
 
-// property answers with a property of a unit.
+// property answers with a property of a unit, or of the manager.
 func (m *fakeManager) property(path dbus.ObjectPath, p property) ([]any, error) {
+	unit, v, err := m.look(path, p)
+	m.mu.Lock()
+	got := m.got
+	m.mu.Unlock()
+	if got != nil {
+		got(unit, p)
+	}
+	return v, err
+}
+
+// look finds a property.
+func (m *fakeManager) look(path dbus.ObjectPath, p property) (unit string, v []any, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for unit, properties := range m.units {
-		if unitPath(unit) != path {
+		if unitPath(unit) != path && (unit != "" || path != managerPath) {
 			continue
 		}
 		m.asked = append(m.asked, unit+" "+p.iface+"."+p.name)
 		if v, ok := properties[p]; ok {
-			return []any{dbus.MakeVariant(v)}, nil
+			return unit, []any{dbus.MakeVariant(v)}, nil
 		}
-		return nil, busError("org.freedesktop.DBus.Error.UnknownProperty", "Unknown property "+p.name)
+		return unit, nil, busError("org.freedesktop.DBus.Error.UnknownProperty", "Unknown property "+p.name)
 	}
-	return nil, busError("org.freedesktop.systemd1.NoSuchUnit", fmt.Sprintf("Unit at %s not loaded.", path))
+	return "", nil, busError("org.freedesktop.systemd1.NoSuchUnit", fmt.Sprintf("Unit at %s not loaded.", path))
 }
 
 // set changes properties of a unit, and with tell says so to everybody.
-func (m *fakeManager) set(t *testing.T, unit string, tell bool, changed map[property]any) {
+func (m *fakeManager) set(t testing.TB, unit string, tell bool, changed map[property]any) {
 	t.Helper()
 	m.mu.Lock()
 	if m.units[unit] == nil {
@@ -206,7 +217,7 @@ func (m *fakeManager) set(t *testing.T, unit string, tell bool, changed map[prop
 }
 
 // signal sends a signal to everybody.
-func (m *fakeManager) signal(t *testing.T, path dbus.ObjectPath, iface, member string, body ...any) {
+func (m *fakeManager) signal(t testing.TB, path dbus.ObjectPath, iface, member string, body ...any) {
 	t.Helper()
 	m.mu.Lock()
 	conns := m.conns
@@ -230,7 +241,7 @@ func (m *fakeManager) signal(t *testing.T, path dbus.ObjectPath, iface, member s
 // removed says that a job has ended.
 func (m *fakeManager) removed(t *testing.T, id uint32, unit, result string) {
 	t.Helper()
-	m.signal(t, "/org/freedesktop/systemd1", managerInterface, "JobRemoved", id, jobPath(id), unit, result)
+	m.signal(t, "/org/freedesktop/systemd1", ifaceManager, "JobRemoved", id, jobPath(id), unit, result)
 }
 
 func jobPath(id uint32) dbus.ObjectPath {

@@ -16,6 +16,11 @@ import (
 // sockets, mounts and swaps that systemd has loaded, whether they are active or
 // not. Loads has only what is among names.
 func (c *Conn) Find(ctx context.Context, names []string) ([]Unit, error) {
+	return c.find(ctx, names, func(ctx context.Context, u systemd.UnitStatus) (settings, error) { return c.settings(ctx, u.Name) })
+}
+
+// find is Find with a way to get the settings of a listed unit.
+func (c *Conn) find(ctx context.Context, names []string, get func(context.Context, systemd.UnitStatus) (settings, error)) ([]Unit, error) {
 	// Nothing else has credentials: what has an ExecContext, and is no slice.
 	list, err := c.manager.ListUnitsByPatternsContext(ctx, []string{}, []string{"*.service", "*.socket", "*.mount", "*.swap"})
 	if err != nil {
@@ -26,7 +31,7 @@ func (c *Conn) Find(ctx context.Context, names []string) ([]Unit, error) {
 
 	found := make([]Unit, len(list))
 	err = each(len(list), func(i int) error {
-		s, err := c.settings(ctx, list[i].Name)
+		s, err := get(ctx, list[i])
 		if err != nil {
 			// It may be gone by now.
 			if isAnswer(err) {

@@ -26,7 +26,9 @@ func (m *fakeManager) lists(units ...systemd.UnitStatus) {
 		case "ListUnitsByPatterns":
 			var found []systemd.UnitStatus
 			for _, u := range units {
-				if execInterface(u.Name) != "" && slices.Contains(args[1].([]string), "*"+u.Name[strings.LastIndexByte(u.Name, '.'):]) {
+				states, patterns := args[0].([]string), args[1].([]string)
+				if (len(states) == 0 || slices.Contains(states, u.ActiveState)) &&
+					(len(patterns) == 0 || slices.Contains(patterns, "*"+u.Name[strings.LastIndexByte(u.Name, '.'):])) {
 					found = append(found, u)
 				}
 			}

@@ -75,19 +75,32 @@ func (c *Conn) Status(ctx context.Context, unit string) (Status, error) {
 // statusProperties are what a Status of a unit is made of.
 func statusProperties(unit string) []property {
 	wanted := []property{{ifaceUnit, "ActiveState"}, {ifaceUnit, "SubState"}, {ifaceUnit, "InvocationID"}}
-	switch iface := execInterface(unit); {
-	case iface == ifaceService:
-		for _, name := range []string{"Result", "Type", "ExecMainCode", "ExecMainStatus", "NRestarts"} {
+	if execInterface(unit) == ifaceService {
+		for _, name := range []string{"Type", "ExecMainCode", "ExecMainStatus", "NRestarts"} {
 			wanted = append(wanted, property{ifaceService, name})
 		}
-	case iface != "":
+	}
+	if iface := resultInterface(unit); iface != "" {
 		wanted = append(wanted, property{iface, "Result"})
-	case path.Ext(unit) == ".timer":
-		wanted = append(wanted, property{"org.freedesktop.systemd1.Timer", "Result"})
-	case path.Ext(unit) == ".path":
-		wanted = append(wanted, property{"org.freedesktop.systemd1.Path", "Result"})
 	}
 	return wanted
+}
+
+// resultInterface returns the D-Bus interface that has the Result of a unit, ""
+// for units that have none.
+func resultInterface(unit string) string {
+	switch path.Ext(unit) {
+	case ".timer":
+		return "org.freedesktop.systemd1.Timer"
+	case ".path":
+		return "org.freedesktop.systemd1.Path"
+	case ".automount":
+		return "org.freedesktop.systemd1.Automount"
+	case ".scope":
+		return "org.freedesktop.systemd1.Scope"
+	default:
+		return execInterface(unit)
+	}
 }
 
 // set takes over what v has.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -662,6 +663,179 @@ func TestLiveRefreshOnReload(t *testing.T) {
 		t.Errorf("after the failed reload: %q, %+v, want the old value, loaded not after %d", value, kept, reloaded.LoadedUSec)
 	}
 	store(t, "gatest-a") // which the end removes
+}
+
+// TestLiveFollow compares what is kept with what systemd answers, at once after
+// each change, and waits for Changed alone.
+func TestLiveFollow(t *testing.T) {
+	ctx, c := live(t)
+	store(t, "gatest-a")
+	f, err := c.Follow(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const loads = "LoadCredential=gatest-a"
+	check := func(when string, want ...string) {
+		t.Helper()
+		kept, err := f.Find(ctx, []string{"gatest-a"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked, err := c.Find(ctx, []string{"gatest-a"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, u := range kept {
+			got = append(got, u.Name)
+		}
+		if !slices.Equal(got, want) || !reflect.DeepEqual(kept, asked) {
+			t.Errorf("%s: Find = %+v, want %q as systemd has them, %+v", when, kept, want, asked)
+		}
+	}
+	// await waits until something is so, looking only when Changed tells.
+	await := func(what string, is func() bool) {
+		t.Helper()
+		for !is() {
+			select {
+			case <-f.Changed():
+			case <-f.Lost():
+				t.Fatalf("the connection was lost before %s", what)
+			case <-ctx.Done():
+				t.Fatalf("Changed did not tell that %s", what)
+			}
+		}
+	}
+	check("at first")
+
+	unit(t, "gatest-one.service", forever, loads, "Unit:After=gatest-stub.service")
+	systemctl(t, "daemon-reload")
+	systemctl(t, "start", "gatest-one.service")
+	check("started", "gatest-one.service")
+	unit(t, "gatest-one.service", forever, "Unit:After=gatest-stub.service")
+	check("edited, not reloaded", "gatest-one.service")
+	systemctl(t, "daemon-reload")
+	check("without credentials")
+	unit(t, "gatest-one.service", forever, loads, "Unit:After=gatest-stub.service")
+	systemctl(t, "daemon-reload")
+	check("with credentials again", "gatest-one.service")
+
+	// Transient ones: a new one, one of the same name with other settings, and
+	// one that has been known, as not found, all along.
+	transient := func(name string, args ...string) {
+		args = append([]string{"--quiet", "--unit=" + name, "--property=Type=exec"}, args...)
+		if out, err := exec.CommandContext(ctx, "systemd-run", append(args, "/bin/sleep", "infinity")...).CombinedOutput(); err != nil {
+			t.Fatalf("systemd-run %v: %v\n%s", args, err, out)
+		}
+	}
+	transient("gatest-two.service", "--property="+loads)
+	check("a transient one", "gatest-one.service", "gatest-two.service")
+	systemctl(t, "stop", "gatest-two.service")
+	check("the transient one is gone", "gatest-one.service")
+	transient("gatest-two.service")
+	check("a transient one without credentials", "gatest-one.service")
+	transient("gatest-stub.service", "--property="+loads)
+	check("a transient one that was not found", "gatest-one.service", "gatest-stub.service")
+	systemctl(t, "stop", "gatest-two.service", "gatest-stub.service")
+	check("one is gone, and one still known", "gatest-one.service", "gatest-stub.service")
+
+	// What Find tells of it.
+	before, err := c.Unit(ctx, "gatest-one.service", []string{"gatest-a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := func() Unit {
+		units, err := f.Find(ctx, []string{"gatest-a"})
+		if err != nil || len(units) == 0 || units[0].Name != before.Name {
+			t.Fatalf("Find = %+v, %v, want %s", units, err, before.Name)
+		}
+		return units[0]
+	}
+	systemctl(t, "restart", "--no-block", before.Name)
+	await("it was restarted", func() bool {
+		u := now()
+		return u.InvocationID != before.InvocationID && u.ActiveState == "active" && u.LoadedUSec > before.LoadedUSec
+	})
+	// It would be forgotten if nothing referred to it.
+	unit(t, "gatest-other.service", forever, "Unit:After="+before.Name)
+	systemctl(t, "start", "gatest-other.service")
+	systemctl(t, "stop", "--no-block", before.Name)
+	await("it was stopped", func() bool { return now().ActiveState == "inactive" })
+
+	systemctl(t, "daemon-reexec")
+	select {
+	case <-f.Lost():
+	case <-ctx.Done():
+		t.Fatal("the connection is there after a daemon-reexec")
+	}
+	if _, err := f.Find(ctx, []string{"gatest-a"}); !errors.Is(err, ErrLost) {
+		t.Errorf("Find = %v, want ErrLost", err)
+	}
+}
+
+func TestLiveSystem(t *testing.T) {
+	ctx, c := live(t)
+	f, err := c.Follow(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	system := func() System {
+		t.Helper()
+		s, err := c.System(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	// failed returns what is said of a unit, once Changed tells that it failed, or
+	// that it no longer does.
+	failed := func(name string, want bool) (u FailedUnit) {
+		t.Helper()
+		for {
+			s := system()
+			i := slices.IndexFunc(s.Failed, func(u FailedUnit) bool { return u.Unit == name })
+			if (i >= 0) == want {
+				if want {
+					u = s.Failed[i]
+				}
+				return u
+			}
+			select {
+			case <-f.Changed():
+			case <-ctx.Done():
+				t.Fatalf("Changed did not tell of %s", name)
+			}
+		}
+	}
+	if s := system(); !strings.HasPrefix(s.Version, strconv.Itoa(version(t))) {
+		t.Errorf("System = %+v, want version %d", s, version(t))
+	}
+	unit(t, "gatest-bad.service", "Type=oneshot", "ExecStart=/bin/sh -c 'exit 7'")
+	unit(t, "gatest-slow.service", "Type=oneshot", "ExecStart=/bin/sleep infinity")
+	systemctl(t, "daemon-reload")
+	began := time.Now().UnixMicro()
+	systemctl(t, "start", "--no-block", "gatest-bad.service")
+	u := failed("gatest-bad.service", true)
+	if since := int64(u.SinceUSec); u.Result != "exit-code" || since < began || since > time.Now().UnixMicro() { //nolint:gosec // it is of now
+		t.Errorf("System: %+v, want exit-code since between %d and now", u, began)
+	}
+	systemctl(t, "reset-failed", "gatest-bad.service")
+	failed("gatest-bad.service", false)
+	systemctl(t, "start", "--no-block", "gatest-bad.service")
+	failed("gatest-bad.service", true)
+
+	systemctl(t, "start", "--no-block", "gatest-slow.service")
+	s := system()
+	if s.Jobs < 1 {
+		t.Errorf("System: %d jobs, want one or more", s.Jobs)
+	}
+	out, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output() // it tells by its exit status, too
+	if state := strings.TrimSpace(string(out)); s.State != state {
+		t.Errorf("System: state %q, want systemctl's %q", s.State, state)
+	}
+	if !slices.IsSortedFunc(s.Failed, func(a, b FailedUnit) int { return strings.Compare(a.Unit, b.Unit) }) {
+		t.Errorf("System: %+v, want them sorted", s.Failed)
+	}
 }
 
 func TestLiveOwn(t *testing.T) {

@@ -220,6 +220,7 @@ in
     systemd.sockets.guestagent.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-local.wantedBy = [ "sockets.target" ];
     systemd.sockets.guestagent-credentials.wantedBy = [ "sockets.target" ];
+    systemd.sockets.guestagent-report.wantedBy = [ "sockets.target" ];
     systemd.targets.guestagent-credentials.wantedBy = [ "multi-user.target" ];
 
     # guestagent-credentials.target requires it: with a restart of it, every unit that requires the target would be

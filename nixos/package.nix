@@ -18,6 +18,7 @@ buildGoModule (finalAttrs: {
       ../credstore
       ../go.mod
       ../go.sum
+      ../health
       ../internal
       ../smbios
       ../systemd

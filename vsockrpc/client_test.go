@@ -280,6 +280,15 @@ func FuzzReply(f *testing.F) {
 	f.Add([]byte(`{"parameters":{"bootId":"b","generation":1}}`))
 	f.Add([]byte(`{"parameters":{"name":"n","target":"vsock:3","state":"inForce","problem":"","since":"","lastContact":"","report":null}}`))
 	f.Add([]byte(`{"error":"io.guestagent.Provider.Unavailable","parameters":{"problem":"p"}}`))
+	report := `"report":{"version":"v","bootId":"b","machineId":"m","generation":1,"entries":[],"refusals":[],"reasons":[{"code":"c","detail":"d","hint":"h","verdict":"degraded","unit":"u","credential":"n","since":""}],` +
+		`"protocol":1,"verdict":"failing","time":"t","hostname":"h","uptime":7,"systemd":{"version":"257","state":"running","failed":[{"unit":"u","result":"exit-code","since":""}],"jobs":1},` +
+		`"waiting":[{"unit":"u","name":"n","since":""}],"memory":{"total":2,"available":1},"pressure":{"cpu":{"some10":1,"some60":2,"some300":3,"full10":4,"full60":5,"full300":6},"io":null},` +
+		`"disks":[{"path":"/","used":2,"available":1,"readOnly":true}],"load":{"load1":1,"load5":2,"load15":3},"unknown":["bus"]}`
+	f.Add([]byte(`{"parameters":{` + report + `},"continues":true}`))
+	f.Add([]byte(`{"parameters":{"time":"t"},"continues":true}`))
+	f.Add([]byte(`{"parameters":{"lastContact":"t"},"continues":true}`))
+	f.Add([]byte(`{"parameters":{"status":{"name":"n","target":"vsock:3","state":"inForce","problem":"","since":"","lastContact":"",` + report + `,"trimmed":true,"clockOffset":-7,` +
+		`"applies":{"count":1,"refused":2,"rolledBack":3,"failed":4,"sum":5,"buckets":[{"le":10,"count":1}]}}},"continues":true}`))
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		r, err := decodeReply(msg)
 		if err != nil {
@@ -291,7 +300,7 @@ func FuzzReply(f *testing.F) {
 		if text := (&Error{Name: r.err, Parameters: r.raw}).Error(); len(text) > maxNameLen+maxQuoted+8 || strings.ContainsAny(text, "\x1b\n\x00") {
 			t.Errorf("decodeReply(%q): the error is %q", msg, text)
 		}
-		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefreshResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}, &GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{}, &GetResult{}, &WatchReply{}, &PingResult{}, &ProviderStatus{}, &UnavailableError{}} {
+		for _, v := range []Unmarshaler{&ApplyResult{}, &ListResult{}, &RemoveResult{}, &RollbackResult{}, &RefreshResult{}, &RefusedError{}, &GenerationMismatchError{}, &NoPreviousError{}, &GateInProgressError{}, &RolledBackError{}, &NothingRejectedError{}, &NoSystemdError{}, &GetResult{}, &WatchReply{}, &PingResult{}, &ProviderStatus{}, &ProviderWatchReply{}, &UnavailableError{}} {
 			d := r.parameters
 			if err := d.Decode(v); err != nil {
 				continue

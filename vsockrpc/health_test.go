@@ -26,7 +26,8 @@ func TestHealthOverUnix(t *testing.T) {
 		t.Errorf("Get = %+v, %v, want %+v", got, err, want)
 	}
 	var got []string
-	for r, err := range h.Watch(t.Context(), 0) {
+	for reply, err := range h.Watch(t.Context(), 0) {
+		r := reply.Report
 		if err != nil {
 			t.Fatalf("Watch: %v", err)
 		}
@@ -45,7 +46,8 @@ func TestHealthOverUnix(t *testing.T) {
 		t.Errorf("Ping after a watch that was left = %v", err)
 	}
 	for _, heartbeat := range []time.Duration{-time.Second, MaxWatchHeartbeat + time.Second} {
-		for r, err := range (Health{Client: dialTest(t, target)}).Watch(t.Context(), heartbeat) {
+		for reply, err := range (Health{Client: dialTest(t, target)}).Watch(t.Context(), heartbeat) {
+			r := reply.Report
 			if e, ok := errors.AsType[*Error](err); !ok || e.Name != errInvalidParameter || r != nil {
 				t.Errorf("Watch with a heartbeat of %v yields %+v, %v", heartbeat, r, err)
 			}
@@ -62,6 +64,7 @@ func TestHealthEncode(t *testing.T) {
 		{&WatchParams{}, ``},
 		{&WatchParams{Heartbeat: 90 * time.Second}, `"heartbeat":90`},
 		{&WatchReply{}, ``},
+		{&WatchReply{Time: "t"}, `"time":"t"`},
 		{&Report{Rejected: []Rejected{}}, `"version":"","bootId":"","machineId":"","generation":0,"entries":[],"refusals":[],"reasons":[]`},
 		{&WatchReply{Report: &Report{}}, `"report":{"version":"","bootId":"","machineId":"","generation":0,"entries":[],"refusals":[],"reasons":[]}`},
 		{&PingResult{BootID: "b", Generation: 7}, `"bootId":"b","generation":7`},
@@ -85,14 +88,15 @@ func TestHealthWatchQuiet(t *testing.T) {
 		enough := errors.New("enough")
 		begin, turns := time.Now(), 0
 		var last error
-		for r, err := range h.Watch(ctx, MaxWatchHeartbeat) {
+		for reply, err := range h.Watch(ctx, MaxWatchHeartbeat) {
+			r := reply.Report
 			if last = err; err != nil {
 				break
 			}
 			if turns++; turns <= 3 { // what the fake tells at once
 				continue
 			}
-			if d := time.Since(begin); r != nil || d != time.Duration(turns-3)*time.Hour {
+			if d := time.Since(begin); r != nil || reply.Time == "" || d != time.Duration(turns-3)*time.Hour {
 				t.Errorf("turn %d is %+v, after %v", turns, r, d)
 			}
 			if turns == 6 {
@@ -115,7 +119,8 @@ func TestHealthWatchShutdown(t *testing.T) {
 		s, _ := testServer()
 		h := Health{Client: NewClient(serve(t, s).dial(), 0)}
 		begin, turns := time.Now(), 0
-		for r, err := range h.Watch(t.Context(), 0) {
+		for reply, err := range h.Watch(t.Context(), 0) {
+			r := reply.Report
 			turns++
 			switch {
 			case turns == 3:
@@ -144,17 +149,22 @@ func TestHealthHostile(t *testing.T) {
 		beat + report:                          {"", "a heartbeat where the first report belongs"},
 		report + "{}\x00":                      {"r-", "the watch has ended"},
 		report + strings.Repeat(beat, 5) + "x": {"r-----", "unexpected EOF"},
-		strings.Replace(report, `"v"`, `"v","new":{"a":[[[1]]]}`, 1):             {"r", "unexpected EOF"}, // a guest that is newer
-		strings.Replace(report, `"v"`, `7`, 1):                                   {"", "report.version: want a string, have a number"},
-		strings.Replace(report, `"reasons":[]`, `"reasons":[{}]`, 1):             {"", "report.reasons[0].code: is missing"},
-		strings.Replace(report, `"reasons":[]`, `"reasons":null`, 1):             {"", "report.reasons: want an array, have null"},
-		strings.Replace(report, `"reasons":[]`, `"reasons":[],"provider":{}`, 1): {"", "report.provider.address: is missing"},
-		report + `{"error":"io.guestagent.InternalError"}` + "\x00":              {"r", "io.guestagent.InternalError"},
+		strings.Replace(report, `"v"`, `"v","new":{"a":[[[1]]]}`, 1):                                                          {"r", "unexpected EOF"}, // a guest that is newer
+		strings.Replace(report, `"v"`, `7`, 1):                                                                                {"", "report.version: want a string, have a number"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[{}]`, 1):                                                          {"", "report.reasons[0].code: is missing"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":null`, 1):                                                          {"", "report.reasons: want an array, have null"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[],"provider":{}`, 1):                                              {"", "report.provider.address: is missing"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[],"systemd":{"version":"","state":"","failed":[{}],"jobs":1}`, 1): {"", "report.systemd.failed[0].unit: is missing"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[],"uptime":1e99`, 1):                                              {"", "report.uptime: "},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[],"disks":[{"path":"","used":1,"available":1,"readOnly":0}]`, 1):  {"", "report.disks[0].readOnly: want"},
+		strings.Replace(report, `"reasons":[]`, `"reasons":[],"pressure":{"gpu":{},"cpu":{"some10":1}}`, 1):                   {"", "report.pressure.cpu.some60: is missing"},
+		report + `{"error":"io.guestagent.InternalError"}` + "\x00":                                                           {"r", "io.guestagent.InternalError"},
 		report + "\x1b[31m\x00": {"r", "have no JSON"},
 	} {
 		var got strings.Builder
 		var last error
-		for r, err := range (Health{Client: answer(t, s, true)}).Watch(t.Context(), 0) {
+		for reply, err := range (Health{Client: answer(t, s, true)}).Watch(t.Context(), 0) {
+			r := reply.Report
 			switch {
 			case last != nil:
 				t.Errorf("after %.90q there is a turn after the error", s)
@@ -175,9 +185,24 @@ func TestHealthHostile(t *testing.T) {
 			t.Errorf("after %.90q the error is raw: %q", s, last)
 		}
 	}
+	long := `{"version":"v","bootId":"b","machineId":"m","generation":1,"entries":[],"refusals":[],"reasons":[],"verdict":"` + strings.Repeat("x", maxLine+1) + `"}`
+	if err := (&Decoder{buf: []byte(long)}).Decode(&Report{}); err == nil || !strings.Contains(err.Error(), "verdict: ") {
+		t.Errorf("a report with a verdict of %d bytes is decoded with %v, want an error", maxLine+1, err)
+	}
 	for _, s := range []string{"{}\x00", `{"parameters":{"report":null}}` + "\x00", strings.ReplaceAll(report, `"b"`, `null`)} {
 		if r, err := (Health{Client: answer(t, s, true)}).Get(t.Context()); r != nil || !errors.Is(err, ErrProtocol) {
 			t.Errorf("after %.90q Get = %+v, %v, want ErrProtocol", s, r, err)
+		}
+	}
+}
+
+// A report's size is what it has on the wire.
+func TestReportSize(t *testing.T) {
+	for _, r := range []*Report{{}, testReport()} {
+		var e Encoder
+		e.Object("report", func() { r.EncodeTo(&e) })
+		if want := len(e.buf) - len(`"report":`); r.Size() != want {
+			t.Errorf("Size of %+v = %d, want %d", r, r.Size(), want)
 		}
 	}
 }

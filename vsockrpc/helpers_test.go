@@ -379,8 +379,21 @@ func (f *fakeCredentials) iface() Interface {
 func testReport() *Report {
 	return &Report{
 		Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 1,
-		Reasons:  []Reason{{Code: "providerUnreachable", Detail: "no answer", Hint: "start it"}},
+		Reasons: []Reason{
+			{Code: "providerUnreachable", Detail: "no answer", Hint: "start it", Verdict: VerdictFailing, Since: "2026-11-22T00:00:00Z"},
+			{Code: "consumerStale", Detail: "it has the one before", Verdict: VerdictDegraded, Unit: "web.service", Credential: "cert"},
+		},
 		Provider: &ProviderState{Address: "vsock:2:1021", State: ProviderUnreachable, Since: "2026-11-22T00:00:00Z", Problem: "no answer"},
+		Protocol: Protocol, Verdict: VerdictFailing, Time: "2026-11-22T00:00:02Z", Hostname: "web", Uptime: 7,
+		Systemd: &SystemdState{Version: "257", State: "degraded", Failed: []FailedUnit{{Unit: "a.service", Result: "exit-code"}}, Jobs: 1},
+		Waiting: []Waiting{{Unit: "b.service", Name: "key"}},
+		Memory:  &Memory{Total: 1 << 30, Available: 1 << 29},
+		Pressure: &Pressure{
+			CPU: &Stall{Some10: 1, Some60: 2, Some300: 3}, Memory: &Stall{Full10: 4, Full60: 5, Full300: 6}, IO: &Stall{},
+		},
+		Disks:   []Disk{{Path: "/", Used: 2, Available: 1}, {Path: "/nix/store", Used: 3, ReadOnly: true}},
+		Load:    &Load{Load1: 150, Load5: 7, Load15: 1},
+		Unknown: []string{"jobs"},
 	}
 }
 
@@ -399,8 +412,7 @@ func fakeHealth() Interface {
 			if err := call.Decode(&p); err != nil {
 				return err
 			}
-			changed := testReport()
-			changed.Generation, changed.Reasons, changed.Provider = 2, nil, nil
+			changed := &Report{Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 2}
 			for _, r := range []*Report{testReport(), nil, changed} {
 				if err := call.ReplyMore(&WatchReply{Report: r}); err != nil {
 					return err
@@ -410,7 +422,7 @@ func fakeHealth() Interface {
 				if err := wait(ctx, cmp.Or(p.Heartbeat, DefaultWatchHeartbeat)); err != nil {
 					return err
 				}
-				if err := call.ReplyMore(&WatchReply{}); err != nil {
+				if err := call.ReplyMore(&WatchReply{Time: "2026-11-22T00:00:03Z"}); err != nil {
 					return err
 				}
 			}
@@ -424,7 +436,22 @@ func fakeHealth() Interface {
 	}}
 }
 
-// fakeProvider answers io.guestagent.Provider. The first ring is in vain.
+// testStatus is what [fakeProvider] has.
+func testStatus() *ProviderStatus {
+	behind := int64(-1500)
+	return &ProviderStatus{
+		Name: "web1", Target: "vsock:7", State: GuestInForce, Since: "2026-11-22T00:00:01Z", LastContact: "2026-11-22T00:00:02Z",
+		Report: &Report{
+			Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 2,
+			Entries: []Entry{}, Refusals: []credential.Refusal{}, Reasons: []Reason{}, Verdict: VerdictHealthy,
+		},
+		Trimmed: true, ClockOffset: &behind,
+		Applies: &Applies{Count: 4, Refused: 1, RolledBack: 1, Failed: 1, Sum: 5000, Buckets: []Bucket{{LE: 10, Count: 3}, {LE: 60000, Count: 4}}},
+	}
+}
+
+// fakeProvider answers io.guestagent.Provider. The first ring is in vain. A watch
+// sees a heartbeat and a change, and then nothing.
 func fakeProvider() Interface {
 	var rung atomic.Bool
 	return Interface{Name: ProviderInterface, Description: ProviderDescription, Methods: map[string]Handler{
@@ -441,10 +468,20 @@ func fakeProvider() Interface {
 			if err := call.DecodeNone(); err != nil {
 				return err
 			}
-			return call.Reply(&ProviderStatus{
-				Name: "web1", Target: "vsock:7", State: GuestInForce, Since: "2026-11-22T00:00:01Z", LastContact: "2026-11-22T00:00:02Z",
-				Report: &Report{Version: "1.2.3", BootID: "b1", MachineID: "m1", Generation: 2},
-			})
+			return call.Reply(testStatus())
+		},
+		"Watch": func(ctx context.Context, call *Call) error {
+			if err := call.Decode(&WatchParams{}); err != nil {
+				return err
+			}
+			waiting := &ProviderStatus{Name: "web1", State: GuestWaiting}
+			for _, r := range []ProviderWatchReply{{Status: waiting}, {LastContact: "2026-11-22T00:00:02Z"}, {Status: testStatus()}} {
+				if err := call.ReplyMore(&r); err != nil {
+					return err
+				}
+			}
+			<-ctx.Done()
+			return ctx.Err()
 		},
 	}}
 }

@@ -301,6 +301,15 @@ func TestHealthDescription(t *testing.T) {
 	x.checkCodec(t, "Report", x.types["Report"], report, true)
 	x.checkCodec(t, "Reason", x.types["Reason"], nest("reasons", rest, report), true)
 	x.checkCodec(t, "ProviderState", x.types["ProviderState"], func() any { return &nestedProvider{} }, true)
+	rest += `"reasons":[],`
+	x.checkCodec(t, "Systemd", x.types["Systemd"], inside("systemd", rest, report), true)
+	x.checkCodec(t, "FailedUnit", x.types["FailedUnit"], nest("failed", `"version":"","state":"","jobs":1,`, inside("systemd", rest, report)), true)
+	x.checkCodec(t, "Memory", x.types["Memory"], inside("memory", rest, report), true)
+	x.checkCodec(t, "Pressure", x.types["Pressure"], inside("pressure", rest, report), true)
+	x.checkCodec(t, "Stall", x.types["Stall"], inside("io", "", inside("pressure", rest, report)), true)
+	x.checkCodec(t, "Disk", x.types["Disk"], nest("disks", rest, report), true)
+	x.checkCodec(t, "Load", x.types["Load"], inside("load", rest, report), true)
+	x.checkCodec(t, "Waiting", x.types["Waiting"], nest("waiting", rest, report), true)
 }
 
 func TestProviderDescription(t *testing.T) {
@@ -308,7 +317,14 @@ func TestProviderDescription(t *testing.T) {
 	x.checkInterface(t, ProviderInterface, map[string]goMethod{
 		"Ring":   {MethodRing, func() any { return noParams{} }, func() any { return nothing{} }},
 		"Status": {MethodProviderStatus, func() any { return noParams{} }, func() any { return &ProviderStatus{} }},
+		"Watch":  {MethodProviderWatch, func() any { return &WatchParams{} }, func() any { return &ProviderWatchReply{} }},
 	}, []func() any{func() any { return &UnavailableError{} }})
+	status := func() any { return &ProviderStatus{} }
+	rest := `"name":"","target":"","state":"","problem":"","since":"","lastContact":"",`
+	x.checkCodec(t, "ProviderStatus", x.types["ProviderStatus"], status, true)
+	x.checkCodec(t, "Applies", x.types["Applies"], inside("applies", rest, status), true)
+	x.checkCodec(t, "Bucket", x.types["Bucket"],
+		nest("buckets", `"count":1,"refused":1,"rolledBack":1,"failed":1,"sum":1,`, inside("applies", rest, status)), true)
 }
 
 // A type is the same in every description that has it: there is no way to share
@@ -331,21 +347,31 @@ func TestSharedTypes(t *testing.T) {
 	}
 }
 
-// nest makes a [nested] for checkCodec.
+// nest makes a [nested] for checkCodec, of an object in a list.
 func nest(key string, rest string, fresh func() any) func() any {
+	return func() any { return &nested{key: key, rest: rest, inner: fresh(), list: true} }
+}
+
+// inside is nest of an object that stands alone.
+func inside(key string, rest string, fresh func() any) func() any {
 	return func() any { return &nested{key: key, rest: rest, inner: fresh()} }
 }
 
-// nested is one object of a list in a document, taken for the document.
+// nested is one object in a document, taken for the document.
 type nested struct {
 	key, rest string
 	inner     any
+	list      bool // it is in a list
 }
 
 func (n *nested) DecodeFrom(d *Decoder) {
 	from, to := d.view()
 	if d.Err() == nil {
-		doc := "{" + n.rest + `"` + n.key + `":[` + string(d.buf[from:to]) + "]}"
+		object := string(d.buf[from:to])
+		if n.list {
+			object = "[" + object + "]"
+		}
+		doc := "{" + n.rest + `"` + n.key + `":` + object + "}"
 		d.Fail((&Decoder{buf: []byte(doc)}).Decode(n.inner.(Unmarshaler)))
 	}
 }
@@ -357,10 +383,15 @@ func (n *nested) EncodeTo(e *Encoder) {
 	inner.raw("}")
 	d := Decoder{buf: inner.buf}
 	d.Object(NewFields(n.key).Open(), func(string) {
-		d.Array(1, func(int) {
+		object := func(int) {
 			from, to := d.view()
 			e.raw(string(d.buf[from+1 : to-1]))
-		})
+		}
+		if n.list {
+			d.Array(1, object)
+		} else {
+			object(0)
+		}
 	})
 }
 
@@ -376,7 +407,7 @@ func (n *nestedConsumer) DecodeFrom(d *Decoder) {
 }
 
 func (n *nestedConsumer) EncodeTo(e *Encoder) {
-	(&nested{key: "consumers", inner: EncodeFunc(func(e *Encoder) { encodeConsumers(e, n.consumers) })}).EncodeTo(e)
+	(&nested{key: "consumers", list: true, inner: EncodeFunc(func(e *Encoder) { encodeConsumers(e, n.consumers) })}).EncodeTo(e)
 }
 
 type nestedProgress struct{ progress *Progress }

@@ -5,8 +5,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 )
@@ -15,7 +16,37 @@ func listenVsock(port uint32) (net.Listener, error) {
 	return vsock.ListenContextID(unix.VMADDR_CID_ANY, port, nil)
 }
 
-func activated() []*os.File { return activation.Files(true) }
+// The first descriptor that is handed over, and how many are taken: a socket
+// each, and the service manager's store (sd_listen_fds(3)).
+const (
+	firstListenFD = 3
+	maxListenFDs  = 4096
+)
+
+// activated takes the descriptors that were handed over to this process, each
+// under its name. go-systemd's package for that links crypto/tls, which would
+// make the agent a sixth larger.
+func activated() []*os.File {
+	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
+	for _, key := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+		_ = os.Unsetenv(key)
+	}
+	n, err := strconv.Atoi(count)
+	if err != nil || pid != strconv.Itoa(os.Getpid()) {
+		return nil
+	}
+	var files []*os.File
+	for i := range min(n, maxListenFDs) {
+		name := "unknown" // as sd_listen_fds_with_names(3) says
+		if i < len(names) && names[i] != "" {
+			name = names[i]
+		}
+		fd := firstListenFD + i
+		unix.CloseOnExec(fd)
+		files = append(files, os.NewFile(uintptr(fd), name))
+	}
+	return files
+}
 
 // isListening reports whether f is a socket that listens.
 func isListening(f *os.File) (bool, error) {

@@ -4,6 +4,8 @@ import (
 	"context"
 	_ "embed" // the description of the interface
 	"fmt"
+	"iter"
+	"time"
 )
 
 // ProviderDescription is the definition of io.guestagent.Provider.
@@ -16,6 +18,7 @@ const (
 	ProviderInterface    = "io.guestagent.Provider"
 	MethodRing           = ProviderInterface + ".Ring"
 	MethodProviderStatus = ProviderInterface + ".Status"
+	MethodProviderWatch  = ProviderInterface + ".Watch"
 
 	errUnavailable = ProviderInterface + ".Unavailable"
 )
@@ -46,6 +49,45 @@ type ProviderStatus struct {
 	LastContact string `json:"lastContact"`
 	// Report is the guest's last one; nil if there is none.
 	Report *Report `json:"report,omitzero"`
+	// Trimmed is set where the report was too large to keep all of it: lists were
+	// left out.
+	Trimmed bool `json:"trimmed,omitzero"`
+	// ClockOffset is by how many milliseconds the guest's clock was ahead of the
+	// host's when it was heard last; nil if it is not known. The way that the
+	// guest's word took makes it seem behind.
+	ClockOffset *int64 `json:"clockOffset,omitzero"`
+	// Applies is what came of the sets that this provider handed over; nil if it
+	// does not say.
+	Applies *Applies `json:"applies,omitzero"`
+}
+
+// An Applies counts the sets that a provider has handed over since it started.
+type Applies struct {
+	// Count is all of them. Of those, Refused are in force but for some names,
+	// RolledBack were put back by their gate, and Failed were not put in force.
+	Count      int64 `json:"count"`
+	Refused    int64 `json:"refused"`
+	RolledBack int64 `json:"rolledBack"`
+	Failed     int64 `json:"failed"`
+	// Sum is the time that they took, in microseconds.
+	Sum int64 `json:"sum"`
+	// Buckets are those of a histogram, with rising bounds; each counts what is
+	// in those before it, too.
+	Buckets []Bucket `json:"buckets"`
+}
+
+// A Bucket counts what took at most so many milliseconds.
+type Bucket struct {
+	LE    int64 `json:"le"`
+	Count int64 `json:"count"`
+}
+
+// ProviderWatchReply is one reply of Watch.
+type ProviderWatchReply struct {
+	// Status is nil in a heartbeat.
+	Status *ProviderStatus `json:"status,omitzero"`
+	// LastContact is when the guest was heard last, in a heartbeat.
+	LastContact string `json:"lastContact,omitzero"`
 }
 
 // An UnavailableError says that a provider cannot hand over its set now, and
@@ -65,8 +107,11 @@ func (e *UnavailableError) Error() string {
 func (*UnavailableError) WireName() string { return errUnavailable }
 
 var (
-	providerStatusFields = NewFields("name", "target", "state", "problem", "since", "lastContact", "report?").Open()
-	unavailableFields    = NewFields("problem").Open()
+	providerStatusFields     = NewFields("name", "target", "state", "problem", "since", "lastContact", "report?", "trimmed?", "clockOffset?", "applies?").Open()
+	appliesFields            = NewFields("count", "refused", "rolledBack", "failed", "sum", "buckets").Open()
+	bucketFields             = NewFields("le", "count").Open()
+	providerWatchReplyFields = NewFields("status?", "lastContact?").Open()
+	unavailableFields        = NewFields("problem").Open()
 )
 
 // EncodeTo encodes the status.
@@ -79,6 +124,21 @@ func (s *ProviderStatus) EncodeTo(e *Encoder) {
 	e.String("lastContact", s.LastContact)
 	if s.Report != nil {
 		e.Object("report", func() { s.Report.EncodeTo(e) })
+	}
+	e.OptBool("trimmed", s.Trimmed)
+	optInt(e, "clockOffset", s.ClockOffset)
+	if a := s.Applies; a != nil {
+		e.Object("applies", func() {
+			e.Int("count", a.Count)
+			e.Int("refused", a.Refused)
+			e.Int("rolledBack", a.RolledBack)
+			e.Int("failed", a.Failed)
+			e.Int("sum", a.Sum)
+			e.Array("buckets", len(a.Buckets), func(i int) {
+				e.Int("le", a.Buckets[i].LE)
+				e.Int("count", a.Buckets[i].Count)
+			})
+		})
 	}
 }
 
@@ -100,9 +160,66 @@ func (s *ProviderStatus) DecodeFrom(d *Decoder) {
 			s.LastContact = d.String(maxLine)
 		case "report":
 			s.Report = decodeReport(d)
+		case "trimmed":
+			s.Trimmed = d.Bool()
+		case "clockOffset":
+			n := d.Int()
+			s.ClockOffset = &n
+		case "applies":
+			s.Applies = decodeApplies(d)
 		}
 	})
 	reset(d, s)
+}
+
+func decodeApplies(d *Decoder) *Applies {
+	a := &Applies{Buckets: []Bucket{}}
+	d.Object(appliesFields, func(key string) {
+		switch key {
+		case "count":
+			a.Count = d.Int()
+		case "refused":
+			a.Refused = d.Int()
+		case "rolledBack":
+			a.RolledBack = d.Int()
+		case "failed":
+			a.Failed = d.Int()
+		case "sum":
+			a.Sum = d.Int()
+		case "buckets":
+			d.Array(maxBuckets, func(int) {
+				var b Bucket
+				decodeInts(d, bucketFields, map[string]*int64{"le": &b.LE, "count": &b.Count})
+				a.Buckets = append(a.Buckets, b)
+			})
+		}
+	})
+	return a
+}
+
+// maxBuckets is how many buckets a histogram may have.
+const maxBuckets = 64
+
+// EncodeTo encodes the reply.
+func (r *ProviderWatchReply) EncodeTo(e *Encoder) {
+	if r.Status != nil {
+		e.Object("status", func() { r.Status.EncodeTo(e) })
+	}
+	e.OptString("lastContact", r.LastContact)
+}
+
+// DecodeFrom decodes the reply.
+func (r *ProviderWatchReply) DecodeFrom(d *Decoder) {
+	d.Object(providerWatchReplyFields, func(key string) {
+		switch key {
+		case "status":
+			r.Status = &ProviderStatus{}
+			r.Status.DecodeFrom(d)
+		case "lastContact":
+			r.LastContact = d.String(maxLine)
+		}
+	})
+	reset(d, r)
 }
 
 // EncodeTo encodes the error's parameters.
@@ -149,4 +266,14 @@ func (p Provider) Status(ctx context.Context) (*ProviderStatus, error) {
 		return nil, err
 	}
 	return &s, nil
+}
+
+// Watch yields what the provider knows of its guest, and again whenever that
+// changed, as [Health.Watch] does. It is answered on the provider's local socket.
+func (p Provider) Watch(ctx context.Context, heartbeat time.Duration) iter.Seq2[ProviderWatchReply, error] {
+	return watch(ctx, p.Client, MethodProviderWatch, heartbeat, func(d *Decoder) (ProviderWatchReply, bool, error) {
+		var r ProviderWatchReply
+		err := d.Decode(&r)
+		return r, r.Status != nil, err
+	})
 }

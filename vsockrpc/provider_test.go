@@ -3,6 +3,7 @@ package vsockrpc
 import (
 	"context"
 	"errors"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -20,13 +21,83 @@ func TestProviderOverUnix(t *testing.T) {
 		t.Errorf("Ring again: %v", err)
 	}
 	got, err := p.Status(t.Context())
-	if err != nil || got.Name != "web1" || got.State != GuestInForce || got.Report == nil || got.Report.Generation != 2 {
-		t.Errorf("Status = %+v, %v", got, err)
+	if want := testStatus(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("Status = %+v, %v, want %+v", got, err, want)
 	}
 	var e Encoder
 	(&ProviderStatus{Name: "n", State: GuestWaiting}).EncodeTo(&e)
 	if want := `"name":"n","target":"","state":"waiting","problem":"","since":"","lastContact":""`; string(e.buf) != want {
 		t.Errorf("a status without a report is encoded as %s, want %s", e.buf, want)
+	}
+}
+
+func TestProviderWatch(t *testing.T) {
+	s, _ := testServer()
+	p := Provider{Client: dialTest(t, serveUnix(t, s))}
+	var got []string
+	for r, err := range p.Watch(t.Context(), MinWatchHeartbeat) {
+		if err != nil {
+			t.Fatalf("Watch: %v", err)
+		}
+		if r.Status == nil {
+			got = append(got, r.LastContact)
+			continue
+		}
+		if got = append(got, r.Status.State); r.Status.State == GuestInForce {
+			if want := testStatus(); !reflect.DeepEqual(r.Status, want) {
+				t.Errorf("Watch yields %+v, want %+v", r.Status, want)
+			}
+			break
+		}
+	}
+	if want := "waiting 2026-11-22T00:00:02Z inForce"; strings.Join(got, " ") != want {
+		t.Errorf("Watch yields %q, want %q", got, want)
+	}
+}
+
+// Whatever a provider streams is statuses and heartbeats, and then an error.
+func TestProviderWatchHostile(t *testing.T) {
+	status := `{"parameters":{"status":{"name":"n","target":"","state":"inForce","problem":"","since":"","lastContact":""}},"continues":true}` + "\x00"
+	beat := `{"continues":true}` + "\x00"
+	for s, want := range map[string]struct {
+		turns int
+		err   string
+	}{
+		"":                     {0, ""},
+		status + beat + status: {3, "unexpected EOF"},
+		beat + status:          {0, "a heartbeat where the first"},
+		status + "{}\x00":      {2, "the watch has ended"},
+		strings.Replace(status, `"since"`, `"new":[{}],"since"`, 1):                                {1, "unexpected EOF"},
+		strings.Replace(status, `"since"`, `"clockOffset":1e30,"since"`, 1):                        {0, "status.clockOffset: "},
+		strings.Replace(status, `"since"`, `"applies":{},"since"`, 1):                              {0, "status.applies.count: is missing"},
+		`{"error":"org.varlink.service.MethodNotFound","parameters":{"method":"\u001b"}}` + "\x00": {0, "MethodNotFound"},
+	} {
+		turns := 0
+		var last error
+		for r, err := range (Provider{Client: answer(t, s, true)}).Watch(t.Context(), 0) {
+			if last = err; err == nil {
+				turns++
+			} else if r.Status != nil {
+				t.Errorf("after %.90q a status and %v", s, err)
+			}
+		}
+		if turns != want.turns || last == nil || !strings.Contains(last.Error(), want.err) || strings.ContainsAny(last.Error(), "\x1b\n") {
+			t.Errorf("after %.90q: %d turns and %v, want %d and %q", s, turns, last, want.turns, want.err)
+		}
+	}
+}
+
+// A histogram has no end that its sender chooses.
+func TestProviderBuckets(t *testing.T) {
+	for n, good := range map[int]bool{0: true, maxBuckets: true, maxBuckets + 1: false} {
+		var e Encoder
+		e.raw("{")
+		(&ProviderStatus{Applies: &Applies{Buckets: make([]Bucket, n)}}).EncodeTo(&e)
+		e.raw("}")
+		var s ProviderStatus
+		if err := (&Decoder{buf: e.buf}).Decode(&s); (err == nil) != good || good && len(s.Applies.Buckets) != n {
+			t.Errorf("%d buckets are decoded to %+v, %v, want an error %v", n, s.Applies, err, !good)
+		}
 	}
 }
 

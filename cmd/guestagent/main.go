@@ -129,7 +129,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		report, err := a.Import(ctx, dryRun)
 		return errors.Join(write(stdout, report, asJSON), err)
 	case "status":
-		report, err := a.Status()
+		report, err := a.Ask(ctx)
 		if err != nil {
 			return err
 		}

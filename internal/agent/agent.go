@@ -77,10 +77,15 @@ func (a *Agent) store() *credstore.Store {
 	place := func(p string) credstore.Place { return credstore.Place{Dir: a.path(p)} }
 	return credstore.New(credstore.Config{
 		Dir:       a.path(pathStore),
-		Shadowing: []credstore.Place{a.pid1Place("system"), place("etc/credstore")},
+		Shadowing: a.shadowing(),
 		Encrypted: []credstore.Place{
 			a.pid1Place("encrypted"), place("etc/credstore.encrypted"), place("run/credstore.encrypted"),
 			place("usr/local/lib/credstore.encrypted"), place("usr/lib/credstore.encrypted"),
 		},
 	})
+}
+
+// shadowing are the folders that systemd searches before the store.
+func (a *Agent) shadowing() []credstore.Place {
+	return []credstore.Place{a.pid1Place("system"), {Dir: a.path("etc/credstore")}}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
@@ -77,11 +78,25 @@ type Config struct {
 		// Fault is set where the address was not understood. Then nobody is asked.
 		Fault bool
 	}
+	Health struct {
+		// IgnoreUnits are units, with wildcards as in systemctl(1), whose failure
+		// does not count.
+		IgnoreUnits []string
+		// Rules have the thresholds.
+		Rules health.Rules
+	}
 	Previous struct {
 		// TTL is how long the values that a set replaced are kept for rollback;
 		// 0 is until the next set.
 		TTL time.Duration
 	}
+}
+
+// rules are what is judged by.
+func (c *Config) rules() health.Rules {
+	r := c.Health.Rules
+	r.Ignore = func(unit string) bool { return matchesUnit(unit, c.Health.IgnoreUnits) }
+	return r
 }
 
 // A CredentialConfig is what the configuration says of one credential.
@@ -205,6 +220,13 @@ func ParseConfig(b []byte) (Config, []ConfigFault) {
 					"restartUnits": func(key string) { p.strings(key, &c.RestartUnits) },
 				})
 				cfg.Credentials[name] = c
+			})
+		},
+		"health": func(key string) {
+			p.object(key, map[string]func(string){
+				"disk":        func(key string) { p.thresholds(key, &cfg.Health.Rules.DiskDegraded, &cfg.Health.Rules.DiskFailing) },
+				"ignoreUnits": func(key string) { p.units(key, &cfg.Health.IgnoreUnits) },
+				"memory":      func(key string) { p.thresholds(key, &cfg.Health.Rules.MemoryDegraded, &cfg.Health.Rules.MemoryFailing) },
 			})
 		},
 		"names": func(key string) {
@@ -380,6 +402,31 @@ func (p *configParser) seconds(key string, to *time.Duration) {
 		return
 	}
 	*to = time.Duration(n) * time.Second
+}
+
+// thresholds reads from how many percent on something is not as it should be.
+func (p *configParser) thresholds(key string, degraded, failing *int) {
+	p.object(key, map[string]func(string){
+		"degraded": func(key string) { p.percent(key, degraded) },
+		"failing":  func(key string) { p.percent(key, failing) },
+	})
+}
+
+// percent reads whole percent from 1; 101 is never reached.
+func (p *configParser) percent(key string, to *int) {
+	t := p.next()
+	number, ok := t.(json.Number)
+	if !ok {
+		p.fault(key, "want a number of percent, have %s", kind(t))
+		p.skip(t)
+		return
+	}
+	n, err := number.Int64()
+	if err != nil || n < 1 || n > 101 {
+		p.fault(key, "want whole percent from 1 to 100, or 101 for never")
+		return
+	}
+	*to = int(n)
 }
 
 // checkPattern checks a credential's name that may end in '*'.

@@ -33,7 +33,7 @@ func TestParseConfig(t *testing.T) {
 		{`{"smbios": "read"}`, ReadAuto, []string{`line 1: key "smbios": want an object, have a string`}},
 		// Unknown keys cost nothing but themselves, whatever they hold.
 		{"{\n\"smbois\": {\"a\": [1, {\"b\": {}}, []]},\n\"smbios\": {\"Read\": \"never\", \"read\": \"always\"}}", ReadAlways, []string{
-			`line 2: key "smbois": unknown; known here: consumers, credentials, names, peer, policy, previous, provider, refresh, smbios, socket`, `line 3: key "smbios.Read": unknown; known here: read`,
+			`line 2: key "smbois": unknown; known here: consumers, credentials, health, names, peer, policy, previous, provider, refresh, smbios, socket`, `line 3: key "smbios.Read": unknown; known here: read`,
 		}},
 		{"{\"smbios\": {\"read\": \"never\"},\n\"smbios\": {\"read\": \"always\"}}", ReadNever, []string{`line 2: key "smbios": stands twice; the first one holds`}},
 		{`{"smbios": {"read": "never", "read": "always"}}`, ReadNever, []string{`line 1: key "smbios.read": stands twice; the first one holds`}},

@@ -180,6 +180,12 @@ func (a *Agent) consumers(ctx context.Context, cfg Config, entries []vsockrpc.En
 	if err != nil {
 		return err
 	}
+	return a.addConsumers(cfg, entries, units, own)
+}
+
+// addConsumers adds to each entry which of the units load it. Own is the unit
+// that the agent runs in.
+func (a *Agent) addConsumers(cfg Config, entries []vsockrpc.Entry, units []consumer.Unit, own string) error {
 	// Only now: nothing is held while PID 1 is waited for.
 	tx, err := a.store().View()
 	if err != nil {

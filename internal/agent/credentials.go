@@ -206,13 +206,21 @@ func (c credentials) list(ctx context.Context, call *vsockrpc.Call) error {
 		if err := c.a.consumers(ctx, c.cfg, res.Entries); err != nil {
 			res.ConsumersProblem = err.Error()
 		}
-		if c.hand != nil {
-			for _, w := range c.hand.server.Waiting() {
-				res.Waiting = append(res.Waiting, vsockrpc.Waiting{Unit: w.Unit, Name: w.Name, Since: w.Since.UTC().Format(time.RFC3339Nano)})
-			}
-		}
+		res.Waiting = c.waiting()
 	}
 	return call.Reply(&res)
+}
+
+// waiting are the units that wait on the credentials socket.
+func (c credentials) waiting() []vsockrpc.Waiting {
+	if c.hand == nil {
+		return nil
+	}
+	var list []vsockrpc.Waiting
+	for _, w := range c.hand.server.Waiting() {
+		list = append(list, vsockrpc.Waiting{Unit: w.Unit, Name: w.Name, Since: w.Since.UTC().Format(time.RFC3339Nano)})
+	}
+	return list
 }
 
 // trials returns the generation that is on trial, nil if none is, and what was

@@ -8,11 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inotify says when a file in the folder got its name or lost it, until ctx ends.
-func inotify(ctx context.Context, dir string, changed chan<- struct{}) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
+// The changes that inotify tells of: that a file got its name or lost it; and
+// those of somebody who writes files in place, too.
+const (
+	namesChange = unix.IN_MOVED_TO | unix.IN_DELETE | unix.IN_ONLYDIR
+	filesChange = namesChange | unix.IN_MOVED_FROM | unix.IN_CLOSE_WRITE | unix.IN_CREATE
+)
+
+// inotify says when something in the folder changes, until ctx ends.
+func inotify(ctx context.Context, dir string, changes uint32, changed chan<- struct{}) error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		return os.NewSyscallError("inotify_init1", err)
@@ -20,7 +24,7 @@ func inotify(ctx context.Context, dir string, changed chan<- struct{}) error {
 	f := os.NewFile(uintptr(fd), "inotify")
 	defer context.AfterFunc(ctx, func() { _ = f.Close() })()
 	defer f.Close()
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_ONLYDIR); err != nil {
+	if _, err := unix.InotifyAddWatch(fd, dir, changes); err != nil {
 		return os.NewSyscallError("inotify_add_watch", err)
 	}
 	b := make([]byte, 4096) // whatever it says, all is looked at anew

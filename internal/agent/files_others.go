@@ -8,6 +8,8 @@ import (
 	"os"
 )
 
-func inotify(context.Context, string, chan<- struct{}) error { return errors.ErrUnsupported }
+const namesChange, filesChange = 0, 0
+
+func inotify(context.Context, string, uint32, chan<- struct{}) error { return errors.ErrUnsupported }
 
 func dup(*os.File) (*os.File, error) { return nil, errors.ErrUnsupported }

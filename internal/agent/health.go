@@ -3,9 +3,7 @@ package agent
 import (
 	"context"
 	"io"
-	"log/slog"
 	"os"
-	"reflect"
 	"strings"
 	"sync"
 	"time"
@@ -13,15 +11,14 @@ import (
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
-// health serves io.guestagent.Health.
-type health struct {
-	a       *Agent
-	log     *slog.Logger
-	changes *changes
+// healthServer serves io.guestagent.Health.
+type healthServer struct {
+	c        credentials
+	observer *observer
 }
 
 // iface is io.guestagent.Health, ready to be served.
-func (h health) iface() vsockrpc.Interface {
+func (h healthServer) iface() vsockrpc.Interface {
 	return vsockrpc.Interface{
 		Name:        vsockrpc.HealthInterface,
 		Description: vsockrpc.HealthDescription,
@@ -29,32 +26,32 @@ func (h health) iface() vsockrpc.Interface {
 	}
 }
 
-func (h health) get(_ context.Context, call *vsockrpc.Call) error {
+func (h healthServer) get(ctx context.Context, call *vsockrpc.Call) error {
 	if err := call.DecodeNone(); err != nil {
 		return err
 	}
-	r, err := h.a.report()
+	r, err := h.observer.report(ctx)
 	if err != nil {
 		return err
 	}
 	return call.Reply(&vsockrpc.GetResult{Report: r})
 }
 
-func (h health) ping(_ context.Context, call *vsockrpc.Call) error {
+func (h healthServer) ping(_ context.Context, call *vsockrpc.Call) error {
 	if err := call.DecodeNone(); err != nil {
 		return err
 	}
-	tx, err := h.a.store().View()
+	tx, err := h.c.a.store().View()
 	if err != nil {
 		return err
 	}
 	g := generation(tx.Generation())
 	tx.Close() // before a caller that may read slowly is waited for
-	return call.Reply(&vsockrpc.PingResult{BootID: h.a.bootID(), Generation: g})
+	return call.Reply(&vsockrpc.PingResult{BootID: h.c.a.bootID(), Generation: g})
 }
 
 // watch tells the report, and then whenever there is another one.
-func (h health) watch(ctx context.Context, call *vsockrpc.Call) error {
+func (h healthServer) watch(ctx context.Context, call *vsockrpc.Call) error {
 	var p vsockrpc.WatchParams
 	if err := call.Decode(&p); err != nil {
 		return err
@@ -65,54 +62,43 @@ func (h health) watch(ctx context.Context, call *vsockrpc.Call) error {
 	if p.Heartbeat == 0 {
 		p.Heartbeat = vsockrpc.DefaultWatchHeartbeat
 	}
+	defer h.observer.join()()
 	// Half of what is promised: the caller's clock may be faster.
 	heart := time.NewTicker(p.Heartbeat / 2)
 	defer heart.Stop()
 	var last *vsockrpc.Report
-	for beat := false; ; {
-		changed := h.changes.next()
-		r, err := h.a.report()
-		if err != nil {
-			return err
-		}
+	for {
+		r, changed, err := h.observer.latest()
+		reply := &vsockrpc.WatchReply{Time: clock()}
 		switch {
-		case !reflect.DeepEqual(r, last):
-			err = call.ReplyMore(&vsockrpc.WatchReply{Report: r})
-			last = r
-		case beat:
-			err = call.ReplyMore(&vsockrpc.WatchReply{})
-		}
-		if err != nil {
+		case err != nil:
 			return err
+		case r != last:
+			reply, last = &vsockrpc.WatchReply{Report: r}, r
+		case last == nil: // the first report is being made
+			reply = nil
 		}
-		beat = false
-		select {
-		case <-changed:
-		case <-heart.C:
-			// Not all that is reported tells of its changes.
-			beat = true
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if reply != nil {
+			if err := call.ReplyMore(reply); err != nil {
+				return err
+			}
+			heart.Reset(p.Heartbeat / 2)
+		}
+		for beat := false; !beat; {
+			select {
+			case <-changed:
+				beat = true
+			case <-heart.C:
+				beat = last != nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 		}
 	}
 }
 
-// report is what the wire tells of the guest.
-func (a *Agent) report() (*vsockrpc.Report, error) {
-	s, err := a.Status()
-	if err != nil {
-		return nil, err
-	}
-	r := &vsockrpc.Report{
-		Version: s.Version, BootID: s.BootID, MachineID: a.machineID(), Generation: generation(s.Generation),
-		Entries: wireEntries(s.Entries), Refusals: s.Refusals, Reasons: []vsockrpc.Reason{}, Provider: s.Provider,
-	}
-	for _, n := range s.Reasons {
-		r.Reasons = append(r.Reasons, vsockrpc.Reason{Code: string(n.Code), Detail: n.Detail, Hint: n.Hint})
-	}
-	r.Gate, r.Rejected, err = a.trials()
-	return r, err
-}
+// clock is the time of now, as the wire has it.
+func clock() string { return time.Now().UTC().Format(time.RFC3339Nano) }
 
 func (a *Agent) machineID() string {
 	f, err := os.Open(a.path(pathMachineID))

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/internal/secret"
 	"github.com/guestagent/guestagent/smbios"
@@ -80,7 +81,7 @@ func (a *Agent) Status() (*Report, error) {
 	b, err := tx.Note(credstore.NoteReport)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		r.reason(CodeNotImported, hintImport, "no import has run since the guest booted")
+		r.reason(health.NotImported, hintImport, "no import has run since the guest booted")
 	case err != nil:
 		return nil, err
 	default:
@@ -90,7 +91,7 @@ func (a *Agent) Status() (*Report, error) {
 	}
 	r.Version, r.BootID = a.Version, a.bootID()
 	if tx.Interrupted() {
-		r.reason(CodeInterrupted, hintImport, "a program was killed while it applied a set; whoever writes to the store next finishes it")
+		r.reason(health.Interrupted, hintImport, "a program was killed while it applied a set; whoever writes to the store next finishes it")
 	}
 	r.addProvider(tx)
 	a.complete(tx, r)
@@ -110,10 +111,10 @@ func (a *Agent) config(r *Report) Config {
 	path := a.path(pathConfig)
 	cfg, faults, err := ReadConfig(path)
 	if err != nil {
-		r.reason(CodeConfigFault, hintCheckConfig, "reading the configuration: %v; defaults hold", err)
+		r.reason(health.ConfigFault, hintCheckConfig, "reading the configuration: %v; defaults hold", err)
 	}
 	for _, f := range faults {
-		r.reason(CodeConfigFault, hintCheckConfig, "%s: %s", path, f)
+		r.reason(health.ConfigFault, hintCheckConfig, "%s: %s", path, f)
 	}
 	return cfg
 }
@@ -123,28 +124,28 @@ func (a *Agent) config(r *Report) Config {
 func (a *Agent) readSMBIOS(ctx context.Context, cfg Config, r *Report) ([]smbios.Credential, error) {
 	switch cfg.SMBIOS.Read {
 	case ReadNever:
-		r.reason(CodeSMBIOSOff, "", "smbios.read is %q: OEM strings were not read", ReadNever)
+		r.reason(health.SMBIOSOff, "", "smbios.read is %q: OEM strings were not read", ReadNever)
 		return nil, nil
 	case ReadAlways:
 	default:
 		kind, err := a.askKind(ctx)
 		if err != nil {
 			// Fail closed: an attacker's host may be what keeps us from knowing.
-			r.reason(CodeConfidential, hintImport, "cannot tell whether this is a confidential VM, so that SMBIOS was not read: %v; set smbios.read to %q where the host is trusted", err, ReadAlways)
+			r.reason(health.Confidential, hintImport, "cannot tell whether this is a confidential VM, so that SMBIOS was not read: %v; set smbios.read to %q where the host is trusted", err, ReadAlways)
 			return nil, err
 		}
 		if kind != "" {
-			r.reason(CodeConfidential, "", "this is a confidential VM (%s), whose host is not trusted: SMBIOS was not read; set smbios.read to %q to read it all the same", kind, ReadAlways)
+			r.reason(health.Confidential, "", "this is a confidential VM (%s), whose host is not trusted: SMBIOS was not read; set smbios.read to %q to read it all the same", kind, ReadAlways)
 			return nil, nil
 		}
 	}
 	table, err := smbios.Read(a.path("sys"))
 	switch {
 	case errors.Is(err, smbios.ErrNotFound):
-		r.reason(CodeNoSMBIOS, "", "this VM has no SMBIOS, or its kernel does not show it")
+		r.reason(health.NoSMBIOS, "", "this VM has no SMBIOS, or its kernel does not show it")
 		return nil, nil
 	case err != nil:
-		r.reason(CodeSMBIOSUnreadable, "", "%v; nothing was imported", err)
+		r.reason(health.SMBIOSUnreadable, "", "%v; nothing was imported", err)
 		return nil, err
 	}
 	defer table.Wipe()
@@ -156,7 +157,7 @@ func (a *Agent) readSMBIOS(ctx context.Context, cfg Config, r *Report) ([]smbios
 		if f.Code == smbios.FaultNoEnd || f.Code == smbios.FaultTrailing {
 			continue // common in sound machines, and costs nothing
 		}
-		r.reason(CodeSMBIOSDamaged, "", "%s", f)
+		r.reason(health.SMBIOSDamaged, "", "%s", f)
 	}
 	creds, refusals := smbios.Credentials(table)
 	r.Refusals = append(r.Refusals, refusals...)
@@ -300,12 +301,12 @@ func (a *Agent) complete(tx *credstore.Tx, r *Report) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		r.reason(CodeStoreSwappable, "", "cannot tell what %s lies on: %v", dir, err)
+		r.reason(health.StoreSwappable, "", "cannot tell what %s lies on: %v", dir, err)
 	case b.Swappable:
-		r.reason(CodeStoreSwappable, "findmnt --target "+dir, "%s lies on a file system (%s) that may write it to a disk; run-credstore.mount puts it into memory, but leaves a folder alone that somebody uses already", dir, b.FSType)
+		r.reason(health.StoreSwappable, "findmnt --target "+dir, "%s lies on a file system (%s) that may write it to a disk; run-credstore.mount puts it into memory, but leaves a folder alone that somebody uses already", dir, b.FSType)
 	}
 	slices.SortStableFunc(r.Entries, func(x, y Entry) int { return cmp.Or(cmp.Compare(x.Name, y.Name), cmp.Compare(x.Path, y.Path)) })
-	slices.SortStableFunc(r.Reasons, func(x, y Reason) int { return cmp.Compare(weight(x.Code), weight(y.Code)) })
+	slices.SortStableFunc(r.Reasons, func(x, y Reason) int { return health.Compare(x.Code, y.Code) })
 	// No list is null on the wire.
 	if r.Entries == nil {
 		r.Entries = []Entry{}
@@ -331,16 +332,4 @@ func (r *Report) foresee(dir string, set credstore.Set) {
 		}
 	}
 	slices.SortStableFunc(r.Entries, func(x, y Entry) int { return cmp.Compare(x.Name, y.Name) })
-}
-
-var weights = []ReasonCode{
-	CodeSMBIOSUnreadable, CodeProviderUnreachable, CodeRejectedInForce, CodeInterrupted, CodeStoreSwappable, CodeConfigFault, CodeSMBIOSDamaged, CodeConfidential, CodeSMBIOSOff, CodeNoSMBIOS, CodeNotImported,
-}
-
-// weight orders reasons; an unknown code, from a later version's report, comes last.
-func weight(c ReasonCode) int {
-	if i := slices.Index(weights, c); i >= 0 {
-		return i
-	}
-	return len(weights)
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/agent/agenttest"
 	"github.com/guestagent/guestagent/internal/credential"
 )
@@ -73,10 +74,10 @@ func entries(r *Report) []string {
 
 // codes are the report's reasons, but for the one that every test has that
 // does not run on a file system in memory.
-func codes(r *Report) []ReasonCode {
-	var got []ReasonCode
+func codes(r *Report) []health.Code {
+	var got []health.Code
 	for _, n := range r.Reasons {
-		if n.Code != CodeStoreSwappable {
+		if n.Code != health.StoreSwappable {
 			got = append(got, n.Code)
 		}
 	}
@@ -203,13 +204,13 @@ func TestImportNotRead(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(g.root, "sys")); err != nil {
 			t.Fatal(err)
 		}
-		wantEqual(t, "reasons", codes(g.imports()), []ReasonCode{CodeNoSMBIOS})
+		wantEqual(t, "reasons", codes(g.imports()), []health.Code{health.NoSMBIOS})
 	})
 	t.Run("confidential", func(t *testing.T) {
 		g := newGuest(t, oem)
 		g.a.confidential = func(context.Context) (string, error) { return "sev-snp", nil }
 		r := g.imports()
-		wantEqual(t, "reasons", codes(r), []ReasonCode{CodeConfidential})
+		wantEqual(t, "reasons", codes(r), []health.Code{health.Confidential})
 		if !strings.Contains(r.Reasons[0].Detail+r.Reasons[len(r.Reasons)-1].Detail, "sev-snp") {
 			t.Errorf("reasons = %+v", r.Reasons)
 		}
@@ -225,13 +226,13 @@ func TestImportNotRead(t *testing.T) {
 		if err == nil {
 			t.Error("Import succeeded")
 		}
-		wantEqual(t, "reasons", codes(r), []ReasonCode{CodeConfidential})
+		wantEqual(t, "reasons", codes(r), []health.Code{health.Confidential})
 		g.wantStore(nil)
 	})
 	t.Run("off", func(t *testing.T) {
 		g := newGuest(t, oem)
 		g.write(pathConfig, `{"smbios": {"read": "never"}}`)
-		wantEqual(t, "reasons", codes(g.imports()), []ReasonCode{CodeSMBIOSOff})
+		wantEqual(t, "reasons", codes(g.imports()), []health.Code{health.SMBIOSOff})
 		g.wantStore(nil)
 	})
 	t.Run("too large", func(t *testing.T) {
@@ -241,12 +242,12 @@ func TestImportNotRead(t *testing.T) {
 		if err == nil {
 			t.Error("Import succeeded")
 		}
-		wantEqual(t, "reasons", codes(r), []ReasonCode{CodeSMBIOSUnreadable})
+		wantEqual(t, "reasons", codes(r), []health.Code{health.SMBIOSUnreadable})
 		s, err := g.a.Status()
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantEqual(t, "reasons in the status", codes(s), []ReasonCode{CodeSMBIOSUnreadable})
+		wantEqual(t, "reasons in the status", codes(s), []health.Code{health.SMBIOSUnreadable})
 	})
 	t.Run("PID 1 is told not to", func(t *testing.T) {
 		g := newGuest(t, oem, "io.systemd.credential:b=x")
@@ -267,7 +268,7 @@ func TestImportWithFaultyConfig(t *testing.T) {
 	g := newGuest(t, "io.guestagent.credential:a=x")
 	g.write(pathConfig, "{\"smbios\": {\"read\": 1},\n\"nonsense\": true}")
 	r := g.imports()
-	wantEqual(t, "reasons", codes(r), []ReasonCode{CodeConfigFault, CodeConfigFault})
+	wantEqual(t, "reasons", codes(r), []health.Code{health.ConfigFault, health.ConfigFault})
 	g.wantStore(map[string]string{"a": "x"})
 }
 
@@ -278,7 +279,7 @@ func TestStatusBeforeImport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantEqual(t, "reasons", codes(r), []ReasonCode{CodeNotImported})
+	wantEqual(t, "reasons", codes(r), []health.Code{health.NotImported})
 	b, err := json.Marshal(r)
 	if err != nil || strings.Contains(string(b), "null") {
 		t.Errorf("json = %s, %v", b, err)

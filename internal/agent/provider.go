@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/smbios"
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -106,7 +107,7 @@ func (r *Report) addProvider(tx *credstore.Tx) {
 		r.Provider = &vsockrpc.ProviderState{State: vsockrpc.ProviderNone}
 	}
 	if r.Provider.State == vsockrpc.ProviderUnreachable {
-		r.reason(CodeProviderUnreachable, hintPull, "the provider has not handed over its set in this boot: %s", cmp.Or(pull.Problem, "no answer"))
+		r.reason(health.ProviderUnreachable, hintPull, "the provider has not handed over its set in this boot: %s", cmp.Or(pull.Problem, "no answer"))
 	}
 	var rejected []string
 	for _, e := range tx.Entries() {
@@ -120,7 +121,7 @@ func (r *Report) addProvider(tx *credstore.Tx) {
 		if more := len(rejected) - most; more > 0 {
 			list += fmt.Sprintf(", and %d more", more)
 		}
-		r.reason(CodeRejectedInForce, "", "the guest booted on values that a gate had rolled back, since it has no others: %s; change them on the host", list)
+		r.reason(health.RejectedInForce, "", "the guest booted on values that a gate had rolled back, since it has no others: %s; change them on the host", list)
 	}
 }
 

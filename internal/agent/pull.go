@@ -167,7 +167,7 @@ func (p *pull) run(ctx context.Context) error {
 	changed := make(chan struct{}, 1)
 	for _, dir := range p.a.store().Folders() {
 		wg.Go(func() {
-			if err := inotify(ctx, dir, changed); err != nil && ctx.Err() == nil {
+			if err := watchFolder(ctx, dir, changed); err != nil && ctx.Err() == nil {
 				p.log.Warn("watching the store failed; only the provider's answer tells", slog.String("error", err.Error()))
 			}
 		})

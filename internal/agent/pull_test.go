@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/agent/agenttest"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -227,7 +228,7 @@ func TestPullLate(t *testing.T) {
 		t.Errorf("the provider's state = %q, want unreachable", got)
 	}
 	r, err := g.a.Status()
-	if err != nil || !slices.Contains(codes(r), CodeProviderUnreachable) {
+	if err != nil || !slices.Contains(codes(r), health.ProviderUnreachable) {
 		t.Errorf("the reasons = %v, %v", codes(r), err)
 	}
 	n := 0
@@ -442,7 +443,7 @@ func TestRejectedInForce(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, err := g.a.Status()
-	if err != nil || !slices.Contains(codes(r), CodeRejectedInForce) {
+	if err != nil || !slices.Contains(codes(r), health.RejectedInForce) {
 		t.Errorf("the reasons = %v, %v", codes(r), err)
 	}
 	if _, err := c.Apply(t.Context(), fromProvider(value("a", "good"))); err != nil {
@@ -455,7 +456,7 @@ func TestRejectedInForce(t *testing.T) {
 		t.Errorf("Apply of a value that was rejected = %+v, %v", res, err)
 	}
 	g.wantStore(map[string]string{"a": "good"})
-	if r, err := g.a.Status(); err != nil || slices.Contains(codes(r), CodeRejectedInForce) {
+	if r, err := g.a.Status(); err != nil || slices.Contains(codes(r), health.RejectedInForce) {
 		t.Errorf("the reasons = %v, %v", codes(r), err)
 	}
 }
@@ -468,7 +469,8 @@ func TestHealthWatch(t *testing.T) {
 	c := s.client()
 	watcher := vsockrpc.Health{Client: s.client().Client}
 	var seen []string
-	for r, err := range watcher.Watch(t.Context(), vsockrpc.MinWatchHeartbeat) {
+	for reply, err := range watcher.Watch(t.Context(), vsockrpc.MinWatchHeartbeat) {
+		r := reply.Report
 		if err != nil {
 			t.Fatalf("Watch: %v", err)
 		}

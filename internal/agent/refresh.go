@@ -22,10 +22,24 @@ type systemd interface {
 	Status(ctx context.Context, unit string) (consumer.Status, error)
 	Watch(ctx context.Context, base map[string]consumer.Status, d time.Duration) ([]consumer.Failure, error)
 	Own(ctx context.Context) (unit, jobType string, preserve bool, err error)
+	System(ctx context.Context) (consumer.System, error)
+	Follow(ctx context.Context) (follower, error)
 	Close()
 }
 
-var _ systemd = (*consumer.Conn)(nil)
+// busConn is a connection to PID 1.
+type busConn struct{ *consumer.Conn }
+
+var _ systemd = busConn{}
+
+// Follow has what systemd signals noted from then on.
+func (b busConn) Follow(ctx context.Context) (follower, error) {
+	f, err := b.Conn.Follow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
 
 // pid1Timeout bounds the wait for PID 1, which answers between two steps of
 // booting.
@@ -45,7 +59,7 @@ func (a *Agent) pid1(ctx context.Context) (systemd, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c, nil
+	return busConn{c}, nil
 }
 
 // A refresh is what is to be done to the consumers of some names.

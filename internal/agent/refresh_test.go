@@ -32,6 +32,10 @@ type fakePID1 struct {
 	// watch decides over a watch; nil lets the time pass.
 	watch func(ctx context.Context, base map[string]consumer.Status) []consumer.Failure
 	conns int
+
+	system    consumer.System
+	stuck     error // System's
+	followers []*fakeFollower
 }
 
 // A fakeUnit runs with what its files say when it starts.
@@ -46,7 +50,7 @@ type fakeUnit struct {
 var upStatus = consumer.Status{ActiveState: "active", SubState: "running", Result: "success", Type: "exec"}
 
 func (g *guest) systemd(units ...*fakeUnit) *fakePID1 {
-	f := &fakePID1{store: filepath.Join(g.root, pathStore), own: "guestagent.service", units: map[string]*fakeUnit{}}
+	f := &fakePID1{store: filepath.Join(g.root, pathStore), own: "guestagent.service", units: map[string]*fakeUnit{}, system: consumer.System{Version: "262", State: "running"}}
 	for _, u := range units {
 		f.units[u.Name] = u
 	}
@@ -203,6 +207,54 @@ func (f *fakePID1) Watch(ctx context.Context, base map[string]consumer.Status, d
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+func (f *fakePID1) System(context.Context) (consumer.System, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.system, f.stuck
+}
+
+// Follow returns a follower that is told by f.signal.
+func (f *fakePID1) Follow(context.Context) (follower, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	w := &fakeFollower{f, make(chan struct{}, 1), make(chan struct{})}
+	f.followers = append(f.followers, w)
+	return w, nil
+}
+
+type fakeFollower struct {
+	*fakePID1
+	changed chan struct{}
+	lost    chan struct{}
+}
+
+func (w *fakeFollower) Changed() <-chan struct{} { return w.changed }
+func (w *fakeFollower) Lost() <-chan struct{}    { return w.lost }
+func (w *fakeFollower) Close()                   {}
+
+// signal changes the system, and tells who follows it.
+func (f *fakePID1) signal(change func(*consumer.System)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(&f.system)
+	for _, w := range f.followers {
+		select {
+		case w.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// hangUp ends the connections of who follows.
+func (f *fakePID1) hangUp() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, w := range f.followers {
+		close(w.lost)
+	}
+	f.followers = nil
 }
 
 func (f *fakePID1) Own(context.Context) (string, string, bool, error) { return f.own, "", true, nil }

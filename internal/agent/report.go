@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
@@ -21,8 +22,11 @@ type Report struct {
 	// ImportedAt is when SMBIOS was last imported; nil where it never was.
 	ImportedAt *time.Time `json:"importedAt,omitempty"`
 	DryRun     bool       `json:"dryRun,omitempty"`
-	Generation uint64     `json:"generation"`
-	SMBIOS     SMBIOS     `json:"smbios"`
+	// Verdict is how the guest is, as the agent that serves has it; "" where it
+	// was not asked.
+	Verdict    string `json:"verdict,omitempty"`
+	Generation uint64 `json:"generation"`
+	SMBIOS     SMBIOS `json:"smbios"`
 	// Entries are the store's credentials, and those that PID 1 took from
 	// SMBIOS, sorted by name.
 	Entries  []Entry              `json:"entries"`
@@ -63,37 +67,22 @@ const StateMismatch credstore.State = "mismatch"
 
 // A Reason is something about the guest that is not as it should be.
 type Reason struct {
-	Code   ReasonCode `json:"code"`
-	Detail string     `json:"detail"`
-	Hint   string     `json:"hint,omitempty"` // the next command to type
+	Code   health.Code `json:"code"`
+	Detail string      `json:"detail"`
+	Hint   string      `json:"hint,omitempty"` // the next command to type
+	// Verdict is what this reason makes of the guest; "" where nobody judged it.
+	Verdict string `json:"verdict,omitempty"`
+	// Unit and Credential are what it is about, where it is about one.
+	Unit       string `json:"unit,omitempty"`
+	Credential string `json:"credential,omitempty"`
 }
-
-// A ReasonCode is a reason in one word. docs/operations.md has a section for each.
-type ReasonCode string
-
-// The codes there are, the weightiest first.
-const (
-	CodeSMBIOSUnreadable ReasonCode = "smbiosUnreadable" // there is a table, and it cannot be read
-	// The provider has not handed over its set, and time is up.
-	CodeProviderUnreachable ReasonCode = "providerUnreachable"
-	// Values are in force that a gate rolled back before the guest booted.
-	CodeRejectedInForce ReasonCode = "rejectedInForce"
-	CodeInterrupted     ReasonCode = "interrupted"    // a set is half in force
-	CodeStoreSwappable  ReasonCode = "storeSwappable" // credentials may reach a disk
-	CodeConfigFault     ReasonCode = "configFault"    // part of the configuration does not apply
-	CodeSMBIOSDamaged   ReasonCode = "smbiosDamaged"  // the table is not sound; what could be read was
-	CodeConfidential    ReasonCode = "confidential"   // SMBIOS was not read, since the host is not trusted
-	CodeSMBIOSOff       ReasonCode = "smbiosOff"      // SMBIOS was not read, since the configuration says so
-	CodeNoSMBIOS        ReasonCode = "noSmbios"       // the VM has none
-	CodeNotImported     ReasonCode = "notImported"    // no import has run since the guest booted
-)
 
 // maxDetail bounds the detail of a reason, in bytes: it may quote what others
 // wrote, and the wire bounds its lines.
 const maxDetail = 1024
 
-func (r *Report) reason(code ReasonCode, hint, format string, a ...any) {
-	r.Reasons = append(r.Reasons, Reason{code, vsockrpc.Escape(fmt.Sprintf(format, a...), maxDetail), hint})
+func (r *Report) reason(code health.Code, hint, format string, a ...any) {
+	r.Reasons = append(r.Reasons, Reason{Code: code, Detail: vsockrpc.Escape(fmt.Sprintf(format, a...), maxDetail), Hint: hint})
 }
 
 // WriteText writes the report for people. With warn, the lines about what is
@@ -133,6 +122,9 @@ func (r *Report) WriteText(w io.Writer, warn string) error {
 	}
 	if p := r.Provider; p != nil && p.State != vsockrpc.ProviderNone {
 		fmt.Fprintf(&b, "provider %s: %s since %s\n", cmp.Or(p.Address, "(calls by itself)"), p.State, p.Since)
+	}
+	if r.Verdict != "" {
+		fmt.Fprintf(&b, "the guest is %s\n", r.Verdict)
 	}
 	good := 0
 	for _, e := range r.Entries {

@@ -20,6 +20,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/guestagent/guestagent/credsocket"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -100,9 +101,13 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	c.resume()
 	c.watchStore()
 
+	h := healthServer{c: c, observer: &observer{
+		c: c, log: s.Log, ctx: workCtx, wg: &c.work.wg,
+		parts: &reportParts{c: c, collector: &health.Collector{Root: cmp.Or(a.Root, "/")}, rules: cfg.rules()},
+	}}
 	server := &vsockrpc.Server{
 		Vendor: "guestagent", Product: "guestagent", Version: a.Version, URL: "https://github.com/guestagent/guestagent",
-		Interfaces:    []vsockrpc.Interface{c.iface(), health{a: a, log: s.Log, changes: c.changes}.iface()},
+		Interfaces:    []vsockrpc.Interface{c.iface(), h.iface(), metrics{h.observer.report}.iface()},
 		Authorize:     authorize(vsockrpc.Policy{PrivilegedPort: cfg.Peer.PrivilegedPort}),
 		AuthorizeCall: authorizeCall(cfg),
 		Log:           s.Log,

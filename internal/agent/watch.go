@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"context"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/guestagent/guestagent/credstore"
@@ -18,7 +20,7 @@ func (c credentials) watchStore() {
 	changed <- struct{}{} // look at what is there
 	for _, dir := range c.a.store().Folders() {
 		c.work.wg.Go(func() {
-			if err := inotify(c.work.ctx, dir, changed); err != nil && c.work.ctx.Err() == nil {
+			if err := watchFolder(c.work.ctx, dir, changed); err != nil && c.work.ctx.Err() == nil {
 				c.log.Error("watching the store failed; units that wait learn of what the host pushes only", slog.String("error", err.Error()))
 			}
 		})
@@ -52,6 +54,15 @@ func (c credentials) watchStore() {
 			}
 		}
 	})
+}
+
+// watchFolder makes the folder where it is missing, and says when a file in it
+// got its name or lost it, until ctx ends.
+func watchFolder(ctx context.Context, dir string, changed chan<- struct{}) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return inotify(ctx, dir, namesChange, changed)
 }
 
 // previousLeft is how long what is kept for rollback is kept still; false where

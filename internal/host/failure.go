@@ -14,6 +14,7 @@ import (
 const (
 	StatusDone        = 0
 	StatusFailed      = 1 // or refused
+	StatusNotHealthy  = 3 // it was reached, and is not as it should be
 	StatusUnreachable = 4
 	StatusRolledBack  = 5 // by a gate
 )
@@ -30,6 +31,7 @@ const (
 	CodePeerRefused Code = "peerRefused" // the agent hung up without a word
 	CodeNoAnswer    Code = "noAnswer"    // there was none in time
 
+	CodeNotHealthy         Code = "notHealthy"         // the guest says so of itself, or the host of it
 	CodeRefused            Code = "refused"            // refusals say which credentials, and why
 	CodeGenerationMismatch Code = "generationMismatch" // another generation is in force than the expected one
 	CodeNoPrevious         Code = "noPrevious"         // nothing is kept to roll back to
@@ -73,6 +75,8 @@ func (f *Failure) Status() int {
 		return StatusUnreachable
 	case CodeRolledBack:
 		return StatusRolledBack
+	case CodeNotHealthy:
+		return StatusNotHealthy
 	}
 	return StatusFailed
 }

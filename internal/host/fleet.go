@@ -62,6 +62,16 @@ type Result struct {
 	Gate             *int64               `json:"gate,omitzero"`
 	ConsumersProblem string               `json:"consumersProblem,omitzero"`
 
+	// What follows is Status's. Verdict and Reasons are as in [State]. LastContact
+	// is a time of RFC 3339, by the host's clock, and ClockOffset milliseconds that
+	// the guest's clock is ahead.
+	Verdict     string            `json:"verdict,omitzero"`
+	Reasons     []vsockrpc.Reason `json:"reasons,omitzero"`
+	LastContact string            `json:"lastContact,omitzero"`
+	ClockOffset *int64            `json:"clockOffset,omitzero"`
+	Report      *vsockrpc.Report  `json:"report,omitzero"`
+	Trimmed     bool              `json:"trimmed,omitzero"` // the report was too large to keep all of it
+
 	Error *Failure `json:"error,omitzero"`
 }
 
@@ -194,7 +204,11 @@ type FleetError struct {
 }
 
 func (e *FleetError) Error() string {
-	s := fmt.Sprintf("%d of %d guests failed", e.Failed, e.Guests)
+	what := "failed"
+	if e.Worst != nil && e.Worst.Code == CodeNotHealthy {
+		what = "are not healthy"
+	}
+	s := fmt.Sprintf("%d of %d guests %s", e.Failed, e.Guests, what)
 	if e.NotTried > 0 {
 		s += fmt.Sprintf(", and %d were not tried (--keep-going does)", e.NotTried)
 	}
@@ -207,19 +221,22 @@ func (e *FleetError) Unwrap() error { return e.Worst }
 // doer does something to one guest.
 type doer func(context.Context, vsockrpc.Credentials, *Result) error
 
-// each does the same to every guest, Batch at a time. One is begun when
-// another is done, so that after a failure there are at most Batch-1 others
-// under way, which are not interrupted. The error is that of the one guest, or
-// a [FleetError].
+// each does the same to every guest, as all does, over a connection of its own.
 func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do doer) error {
-	if len(f.Guests) == 0 {
-		return errors.New("there is no guest to do anything to")
-	}
-	if f.Timeout <= 0 {
-		f.Timeout = DefaultTimeout
-	}
 	if f.dial == nil {
 		f.dial = vsockrpc.Dial
+	}
+	return f.all(ctx, emit, func(ctx context.Context, g Guest, r *Result, step func(vsockrpc.Progress)) *Failure {
+		return f.one(ctx, g, changes, r, do, step)
+	})
+}
+
+// all does the same to every guest, Batch at a time. One is begun when another is
+// done, so that after a failure there are at most Batch-1 others under way, which
+// are not interrupted. The error is that of the one guest, or a [FleetError].
+func (f Fleet) all(ctx context.Context, emit func(Result), one func(context.Context, Guest, *Result, func(vsockrpc.Progress)) *Failure) error {
+	if len(f.Guests) == 0 {
+		return errors.New("there is no guest to do anything to")
 	}
 	type done struct {
 		i int
@@ -251,7 +268,7 @@ func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do doe
 			default:
 				running[i] = true
 				go func() {
-					r.Error = f.one(ctx, g, changes, &r, do, func(p vsockrpc.Progress) { steps <- step{i, p} })
+					r.Error = one(ctx, g, &r, func(p vsockrpc.Progress) { steps <- step{i, p} })
 					results <- done{i, r}
 				}()
 			}
@@ -306,6 +323,9 @@ func (f Fleet) each(ctx context.Context, changes bool, emit func(Result), do doe
 
 // one does it to one guest, over a connection of its own.
 func (f Fleet) one(ctx context.Context, g Guest, changes bool, r *Result, do doer, step func(vsockrpc.Progress)) *Failure {
+	if f.Timeout <= 0 {
+		f.Timeout = DefaultTimeout
+	}
 	limited, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	timer := time.AfterFunc(f.Timeout, func() { cancel(context.DeadlineExceeded) })

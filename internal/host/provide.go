@@ -74,8 +74,8 @@ type Provider struct {
 	Reload <-chan struct{}
 	// Version is this program's.
 	Version string
-	// Status is told in one line how the guest is, whenever that changes. Nil
-	// for nobody.
+	// Status is told in one line how the guest is, whenever that changes, but not
+	// more than twice a second. Nil for nobody.
 	Status func(line string)
 	// Log gets what happens. It must not be nil.
 	Log *slog.Logger
@@ -83,12 +83,16 @@ type Provider struct {
 	dial        func(context.Context, vsockrpc.Target) (*vsockrpc.Client, error) // nil is vsockrpc's
 	again, look time.Duration                                                    // 0 are againAfter and lookPause
 
-	// telling is held while the status is told, so that the last line is the
-	// last state.
-	telling sync.Mutex
+	// setting is held while the state is changed and logged, so that the last
+	// line is the last state.
+	setting sync.Mutex
 
 	mu     sync.Mutex
-	status vsockrpc.ProviderStatus
+	status vsockrpc.ProviderStatus // with what is kept of the report
+	// changed is closed when the status is another, but for its LastContact.
+	changed chan struct{}
+	// offset is the guest's clock's, as the status had it when it changed last.
+	offset time.Duration
 	// rings are those that wait for the set to be in force.
 	rings map[chan error]bool
 	// last is what came of the set.
@@ -105,11 +109,12 @@ type Provider struct {
 func (p *Provider) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p.wake, p.reach = make(chan struct{}, 1), make(chan struct{}, 1)
+	p.wake, p.reach, p.changed = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	if p.dial == nil {
 		p.dial = vsockrpc.Dialer{MessageLimit: maxReport}.Dial
 	}
 	p.again, p.look = cmp.Or(p.again, againAfter), cmp.Or(p.look, lookPause)
+	p.status.Applies = noApplies()
 	p.set(vsockrpc.GuestWaiting, "")
 	defer context.AfterFunc(ctx, func() { p.over.Store(true) })()
 	var wg sync.WaitGroup
@@ -143,6 +148,9 @@ func (p *Provider) Run(ctx context.Context) error {
 		}
 	})
 	wg.Go(func() { p.watchGuest(ctx) })
+	if p.Status != nil {
+		wg.Go(func() { p.announce(ctx) })
+	}
 	p.keep(ctx)
 	wg.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -167,7 +175,7 @@ func (p *Provider) doorbell() *vsockrpc.Server {
 		Vendor: "guestagent", Product: "guestctl", Version: p.Version, URL: "https://github.com/guestagent/guestagent",
 		Interfaces: []vsockrpc.Interface{{
 			Name: vsockrpc.ProviderInterface, Description: vsockrpc.ProviderDescription,
-			Methods: map[string]vsockrpc.Handler{"Ring": p.ring, "Status": nil},
+			Methods: map[string]vsockrpc.Handler{"Ring": p.ring, "Status": nil, "Watch": nil},
 		}},
 		Authorize: p.May, Log: p.Log, MaxConns: ringConns, MessageLimit: ringMessage,
 	}
@@ -179,7 +187,7 @@ func (p *Provider) local() *vsockrpc.Server {
 		Vendor: "guestagent", Product: "guestctl", Version: p.Version, URL: "https://github.com/guestagent/guestagent",
 		Interfaces: []vsockrpc.Interface{{
 			Name: vsockrpc.ProviderInterface, Description: vsockrpc.ProviderDescription,
-			Methods: map[string]vsockrpc.Handler{"Ring": nil, "Status": p.tell},
+			Methods: map[string]vsockrpc.Handler{"Ring": nil, "Status": p.tell, "Watch": p.watch},
 		}},
 		Authorize: func(peer vsockrpc.Peer) error {
 			if peer.Local() {
@@ -216,73 +224,6 @@ func (p *Provider) ring(ctx context.Context, call *vsockrpc.Call) error {
 		delete(p.rings, done)
 		p.mu.Unlock()
 		return context.Cause(ctx)
-	}
-}
-
-func (p *Provider) tell(_ context.Context, call *vsockrpc.Call) error {
-	if err := call.DecodeNone(); err != nil {
-		return err
-	}
-	p.mu.Lock()
-	s := p.status
-	p.mu.Unlock()
-	return call.Reply(&s)
-}
-
-// set says how the guest is.
-func (p *Provider) set(state, problem string) {
-	if p.over.Load() {
-		return // what is under way is broken off
-	}
-	p.telling.Lock()
-	defer p.telling.Unlock()
-	p.mu.Lock()
-	changed := p.status.State != state || p.status.Problem != problem
-	if p.status.State != state {
-		p.status.Since = now()
-	}
-	p.status.Name, p.status.Target, p.status.State, p.status.Problem = p.Name, p.Target.String(), state, problem
-	line := statusLine(&p.status)
-	p.mu.Unlock()
-	if !changed {
-		return
-	}
-	level := slog.LevelInfo
-	if state != vsockrpc.GuestInForce && state != vsockrpc.GuestApplying && problem != "" {
-		level = slog.LevelWarn
-	}
-	p.Log.Log(context.Background(), level, "the guest's set", slog.String("vm", p.Name), slog.String("state", state), slog.String("problem", problem))
-	if p.Status != nil {
-		p.Status(line)
-	}
-}
-
-func now() string { return time.Now().UTC().Format(time.RFC3339Nano) }
-
-// statusLine is one line for people.
-func statusLine(s *vsockrpc.ProviderStatus) string {
-	what := map[string]string{
-		vsockrpc.GuestWaiting:    "the guest does not answer yet",
-		vsockrpc.GuestApplying:   "handing over the set",
-		vsockrpc.GuestInForce:    "the set is in force",
-		vsockrpc.GuestRefused:    "the set is in force, but for what the guest refused",
-		vsockrpc.GuestRolledBack: "the set was rolled back by its gate",
-		vsockrpc.GuestUnreadable: "the credentials cannot be read",
-	}[s.State]
-	line := s.Name + ": " + what
-	if s.Problem != "" {
-		line += ": " + s.Problem
-	}
-	return line
-}
-
-// heard notes what the guest said of itself.
-func (p *Provider) heard(r *vsockrpc.Report) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.status.LastContact = now()
-	if r != nil {
-		p.status.Report = r
 	}
 }
 
@@ -350,7 +291,7 @@ func (p *Provider) reconcile(ctx context.Context) *notYet {
 		// Whoever watches tells when the guest can be reached.
 		return &notYet{toGuest: "the agent cannot be reached from the host"}
 	}
-	p.heard(r)
+	p.heard(r, r.Time)
 	poke(p.reach)
 	p.tried(r, creds)
 	o := p.outcome(r, creds)
@@ -506,12 +447,7 @@ const codeRejectedInForce = "rejectedInForce"
 func (p *Provider) ask(ctx context.Context) (*vsockrpc.Report, error) {
 	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
 	defer cancel()
-	c, err := p.dial(ctx, p.Target)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	return vsockrpc.Health{Client: c}.Get(ctx)
+	return askHealth(ctx, p.Target, p.dial)
 }
 
 // apply hands the set over. Report is what the guest said of itself just now.
@@ -521,12 +457,14 @@ func (p *Provider) apply(ctx context.Context, report *vsockrpc.Report, o outcome
 	if !first {
 		params.Gate = p.Gate // before that there is nothing to go back to
 	}
+	begun := time.Now()
 	res := p.push(ctx, params)
 	if first && res.Error != nil && res.Error.Code == CodeNoSystemd {
 		// So early in the boot nobody has loaded anything.
 		params.Refresh = vsockrpc.RefreshNone
 		res = p.push(ctx, params)
 	}
+	p.count(&res, time.Since(begun))
 	o.refused, o.state, o.problem = map[string]bool{}, vsockrpc.GuestInForce, ""
 	switch f := res.Error; {
 	case f == nil || f.Code == CodeRefreshFailed:
@@ -590,7 +528,7 @@ func (p *Provider) push(ctx context.Context, params *vsockrpc.ApplyParams) Resul
 	f := Fleet{
 		Guests: []Guest{{Name: p.Name, Target: p.Target}}, dial: p.dial,
 		Progress: func(Guest, vsockrpc.Progress) {
-			p.heard(nil)
+			p.heard(nil, "")
 			Wipe(params.Set) // it is in force; what follows may take an hour
 		},
 	}
@@ -662,19 +600,31 @@ func (p *Provider) watchOnce(ctx context.Context) (reached bool, err error) {
 		return false, err
 	}
 	defer c.Close()
-	for r, err := range (vsockrpc.Health{Client: c}).Watch(ctx, watchHeartbeat) {
+	for reply, err := range (vsockrpc.Health{Client: c}).Watch(ctx, watchHeartbeat) {
 		if err != nil {
 			return reached, err
 		}
 		quiet.Reset(silence)
-		p.heard(r)
+		r, clock, pause := reply.Report, reply.Time, readPause
+		if r != nil {
+			clock = r.Time
+		}
+		if p.heard(r, clock) {
+			pause = largePause
+		}
 		switch o := p.lastOutcome(); {
 		case p.current() == vsockrpc.GuestWaiting,
 			r != nil && !o.stands(r),
 			r != nil && o.state == vsockrpc.GuestRolledBack && len(r.Rejected) == 0: // somebody had it tried again
 			p.poke()
 		}
+		if r != nil {
+			p.refreshed(r)
+		}
 		reached = true
+		if err := pausing(ctx, pause); err != nil {
+			return reached, err
+		}
 	}
 	return reached, errors.New("the guest ended the watch")
 }

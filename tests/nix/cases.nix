@@ -110,6 +110,7 @@ in
         "guestagent"
         "guestagent-credentials"
         "guestagent-local"
+        "guestagent-report"
       ]
       && lib.all (s: s.socketConfig == { } && s.listenStreams == [ ]) (lib.attrValues on.systemd.sockets);
     "module: it adds to the target" =

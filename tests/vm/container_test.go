@@ -89,7 +89,7 @@ func testContainer(t *testing.T, release vm.Release) {
 
 	t.Run("guestagent", func(t *testing.T) {
 		for unit, want := range map[string]string{
-			"run-credstore.mount": "mounted", "guestagent-import.service": "exited", "guestagent-local.socket": "listening",
+			"run-credstore.mount": "mounted", "guestagent-import.service": "exited", "guestagent-local.socket": "listening", "guestagent-report.socket": "listening",
 		} {
 			if got := show(t, m, unit, "SubState"); got != want {
 				t.Errorf("%s is %s, want %s", unit, got, want)

@@ -96,6 +96,7 @@ func TestDebContents(t *testing.T) {
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-import.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-local.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-pull.service",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-report.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent.service",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/run-credstore.mount",
@@ -189,7 +190,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		}
 		return dpkg(t, "--install", paths...)
 	}
-	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-import.service", "guestagent-credentials.target"}
+	units := []string{"guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-report.socket", "guestagent-import.service", "guestagent-credentials.target"}
 	// states are what systemctl says of the units, whatever its exit status.
 	states := func(t *testing.T, verb string) []string {
 		t.Helper()
@@ -205,8 +206,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("install", func(t *testing.T) {
 		install(t, dev.agent, dev.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active", "active"})
 		s := readStatus(t, m)
 		wantLines(t, "entries", s.entries(), entries[:1])
 		wantLines(t, "reasons", s.codes(), nil)
@@ -253,8 +254,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		pull := []string{"guestagent-pull.service", "guestagent-credentials.target"}
 		before := showAll(t, m, "InvocationID", pull...)
 		install(t, release.agent, release.ctl)
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "disabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "disabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"active", "active", "active", "active", "active", "active"})
 		// With a restart of it everything would be restarted that requires guestagent-credentials.target.
 		wantLines(t, "InvocationID of a pull and its target", showAll(t, m, "InvocationID", pull...), before)
 		s := readStatus(t, m)
@@ -271,7 +272,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 
 	t.Run("remove", func(t *testing.T) {
 		dpkg(t, "--remove", "guestagent")
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive", "inactive", "inactive"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"inactive", "inactive", "inactive", "inactive", "inactive", "inactive"})
 		if got := show(t, m, "guestagent-pull.service", "ActiveState"); got != "inactive" {
 			t.Errorf("guestagent-pull.service is %s", got)
 		}
@@ -297,8 +298,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		if out := install(t, release.agent); !strings.Contains(out, "without vsock in the kernel") {
 			t.Errorf("dpkg --install says nothing of vsock: %s", out)
 		}
-		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled"})
-		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active", "active", "active"})
+		wantLines(t, "systemctl is-enabled", states(t, "is-enabled"), []string{"enabled", "enabled", "enabled", "enabled", "enabled", "enabled"})
+		wantLines(t, "systemctl is-active", states(t, "is-active"), []string{"failed", "active", "active", "active", "active", "active"})
 		wantLines(t, "entries", readStatus(t, m).entries(), entries)
 		if got := vmtest.Run(t, m, "dpkg-query", "--show", "--showformat=${Status}", "guestagent"); got != "install ok installed" {
 			t.Errorf("guestagent is %q", got)

@@ -251,7 +251,7 @@ func TestImport(t *testing.T) {
 				t.Errorf("exposure %s, want below 2.0\n%s", level[1], out)
 			}
 			t.Logf("exposure level %s", level[1])
-			units := []string{"guestagent-import.service", "run-credstore.mount", "guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent.service", "guestagent-pull.service", "guestagent-credentials.target"}
+			units := []string{"guestagent-import.service", "run-credstore.mount", "guestagent.socket", "guestagent-local.socket", "guestagent-credentials.socket", "guestagent-report.socket", "guestagent.service", "guestagent-pull.service", "guestagent-credentials.target"}
 			for line := range strings.Lines(string(vmtest.Exec(t, m, vm.Command{Argv: append([]string{"systemd-analyze", "verify", "--man=no"}, units...)}).Stderr)) {
 				if release.Systemd < 254 && (strings.Contains(line, "'FileDescriptorStorePreserve'") || strings.Contains(line, "'RestartMode'")) {
 					continue // they are not there yet, and ignored

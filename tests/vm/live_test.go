@@ -79,7 +79,7 @@ func TestLive(t *testing.T) {
 
 		t.Run("units", func(t *testing.T) {
 			for unit, want := range map[string]string{
-				"guestagent.socket": "active", "guestagent-local.socket": "active", "guestagent-credentials.socket": "active", "guestagent.service": "inactive", "guestagent-import.service": "active",
+				"guestagent.socket": "active", "guestagent-local.socket": "active", "guestagent-credentials.socket": "active", "guestagent-report.socket": "active", "guestagent.service": "inactive", "guestagent-import.service": "active",
 				"guestagent-pull.service": "active", "guestagent-credentials.target": "active",
 			} {
 				if got := active(t, unit); got != want {

@@ -4,6 +4,7 @@
 package hosttest
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -16,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -37,7 +39,9 @@ type Guest struct {
 	applies []Applied
 	waiting []vsockrpc.Waiting
 	trial   *int64
-	systemd string        // why it cannot be reached; empty if it can
+	systemd string // why it cannot be reached; empty if it can
+	says    func(*vsockrpc.Report)
+	ahead   time.Duration // of the host's clock
 	changed chan struct{} // closed at the next change
 }
 
@@ -204,6 +208,7 @@ func (g *Guest) Wait(unit, name string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.waiting = append(g.waiting, vsockrpc.Waiting{Unit: unit, Name: name, Since: now})
+	g.tell()
 }
 
 // OnTrial makes a generation be on trial.
@@ -650,6 +655,8 @@ func (g *Guest) rollback(_ context.Context, call *vsockrpc.Call) error {
 //	garbage  what is no JSON
 //	error    an error that nobody knows, with control sequences
 //	rolledBack  progress and the end of a gate, with control sequences
+//	reports  a report per millisecond to who watches, each another one
+//	large    a report of nearly 6 MiB, and to who watches nothing more
 //	silent   nothing at all
 //	hangup   the end of the connection
 func Hostile(dir, name, kind string) (*HostileGuest, error) {
@@ -674,14 +681,15 @@ func Hostile(dir, name, kind string) (*HostileGuest, error) {
 				defer conn.Close()
 				defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 				b := make([]byte, 4096)
-				if _, err := conn.Read(b); err != nil {
+				n, err := conn.Read(b)
+				if err != nil {
 					return
 				}
 				select {
 				case g.called <- struct{}{}:
 				default:
 				}
-				answer(ctx, conn)
+				answer(ctx, conn, bytes.Contains(b[:n], []byte(`"more":true`)))
 			})
 		}
 	})
@@ -708,8 +716,9 @@ func (g *HostileGuest) Close() { g.close() }
 // Escapes is what the hostile guests put into every text.
 const Escapes = "\x1b]0;owned\a\u009b31m\u202e\x7f"
 
-var hostile = map[string]func(ctx context.Context, conn net.Conn){
-	"flood": func(_ context.Context, conn net.Conn) {
+// hostile are what the kinds answer. More says that the call takes many replies.
+var hostile = map[string]func(ctx context.Context, conn net.Conn, more bool){
+	"flood": func(_ context.Context, conn net.Conn, _ bool) {
 		b := []byte(strings.Repeat("[", 1<<16))
 		for {
 			if _, err := conn.Write(b); err != nil {
@@ -717,7 +726,7 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 			}
 		}
 	},
-	"escapes": func(_ context.Context, conn net.Conn) {
+	"escapes": func(_ context.Context, conn net.Conn, _ bool) {
 		_ = answer(conn, map[string]any{"parameters": map[string]any{
 			"generation": 1, "installed": []string{Escapes}, "relabelled": []string{}, "removed": []string{}, "unchanged": []string{},
 			"product": Escapes, "version": Escapes,
@@ -738,17 +747,23 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 				"version": Escapes, "bootId": Escapes, "machineId": Escapes, "generation": 1,
 				"entries":  []vsockrpc.Entry{{Name: Escapes, Revision: Escapes, Source: Escapes, InstalledAt: Escapes, State: Escapes, Path: Escapes}},
 				"refusals": []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
-				"reasons":  []vsockrpc.Reason{{Code: Escapes, Detail: Escapes, Hint: Escapes}},
+				"reasons": []vsockrpc.Reason{{
+					Code: Escapes, Detail: Escapes, Hint: Escapes, Verdict: Escapes, Unit: Escapes, Credential: Escapes, Since: Escapes,
+				}},
 				"provider": vsockrpc.ProviderState{Address: Escapes, State: Escapes, Since: Escapes, Problem: Escapes},
+				"verdict":  vsockrpc.VerdictFailing, "time": Escapes, "hostname": Escapes, "unknown": []string{Escapes},
+				"systemd": vsockrpc.SystemdState{Version: Escapes, State: Escapes, Failed: []vsockrpc.FailedUnit{{Unit: Escapes, Result: Escapes, Since: Escapes}}},
+				"waiting": []vsockrpc.Waiting{{Unit: Escapes, Name: Escapes, Since: Escapes}},
+				"disks":   []vsockrpc.Disk{{Path: Escapes, Used: 1}},
 			},
 			"refusals": []credential.Refusal{{Name: Escapes, Source: Escapes, Reason: Escapes, Detail: Escapes}},
 		}})
 	},
-	"garbage": func(_ context.Context, conn net.Conn) { _, _ = conn.Write([]byte("\x1b[31mhello\x00")) },
-	"error": func(_ context.Context, conn net.Conn) {
+	"garbage": func(_ context.Context, conn net.Conn, _ bool) { _, _ = conn.Write([]byte("\x1b[31mhello\x00")) },
+	"error": func(_ context.Context, conn net.Conn, _ bool) {
 		_ = answer(conn, map[string]any{"error": "com.example.Error", "parameters": map[string]any{"text": Escapes}})
 	},
-	"rolledBack": func(_ context.Context, conn net.Conn) {
+	"rolledBack": func(_ context.Context, conn net.Conn, _ bool) {
 		_ = answer(conn, map[string]any{"continues": true, "parameters": map[string]any{
 			"generation": 1, "installed": []string{}, "relabelled": []string{}, "removed": []string{}, "unchanged": []string{}, "units": []string{},
 			"progress": vsockrpc.Progress{Phase: Escapes, WaitingFor: []string{Escapes}},
@@ -758,8 +773,44 @@ var hostile = map[string]func(ctx context.Context, conn net.Conn){
 			"units": []vsockrpc.Refreshed{{Unit: Escapes, Action: Escapes, Result: Escapes, State: Escapes, Detail: Escapes}},
 		}})
 	},
-	"silent": func(ctx context.Context, _ net.Conn) { <-ctx.Done() },
-	"hangup": func(context.Context, net.Conn) {},
+	"reports": func(ctx context.Context, conn net.Conn, more bool) {
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for i := 0; answer(conn, reportMessage(i, nil, more)) == nil && more; i++ {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+		}
+	},
+	"large": func(ctx context.Context, conn net.Conn, more bool) {
+		text := strings.Repeat("\x01", 4096) // six bytes each
+		reasons := make([]vsockrpc.Reason, 6<<20/(6*4096)-10)
+		for i := range reasons {
+			reasons[i] = vsockrpc.Reason{Code: "code", Detail: text}
+		}
+		if answer(conn, reportMessage(1, reasons, more)) == nil && more {
+			<-ctx.Done()
+		}
+	},
+	"silent": func(ctx context.Context, _ net.Conn, _ bool) { <-ctx.Done() },
+	"hangup": func(context.Context, net.Conn, bool) {},
+}
+
+// reportMessage is an answer with a report of this generation.
+func reportMessage(generation int, reasons []vsockrpc.Reason, more bool) map[string]any {
+	if reasons == nil {
+		reasons = []vsockrpc.Reason{}
+	}
+	m := map[string]any{"parameters": map[string]any{"report": map[string]any{
+		"version": "1", "bootId": "boot", "machineId": "machine", "generation": generation,
+		"entries": []vsockrpc.Entry{}, "refusals": []credential.Refusal{}, "reasons": reasons, "verdict": vsockrpc.VerdictDegraded,
+	}}}
+	if more {
+		m["continues"] = true
+	}
+	return m
 }
 
 func answer(conn net.Conn, v any) error {

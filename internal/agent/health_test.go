@@ -1,0 +1,281 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/guestagent/guestagent/consumer"
+	"github.com/guestagent/guestagent/health"
+	"github.com/guestagent/guestagent/vsockrpc"
+)
+
+// reasons are the report's as "CODE UNIT CREDENTIAL".
+func reasonsOf(r *vsockrpc.Report) []string {
+	var list []string
+	for _, n := range r.Reasons {
+		list = append(list, strings.TrimRight(n.Code+" "+strings.TrimSpace(n.Unit+" "+n.Credential), " "))
+	}
+	return list
+}
+
+// wellGuest is one whose verdict is healthy.
+func wellGuest(t *testing.T) (*guest, *fakePID1) {
+	g := newGuest(t)
+	g.imports()
+	for path, content := range map[string]string{
+		"proc/meminfo":         "MemTotal:        2048 kB\nMemAvailable:    1024 kB\n",
+		"proc/loadavg":         "0.25 0.50 1.00 1/100 1234\n",
+		"proc/uptime":          "100.50 10.00\n",
+		"proc/pressure/memory": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
+
+		"proc/sys/kernel/hostname": "web\n",
+	} {
+		g.write(path, content)
+	}
+	return g, g.systemd()
+}
+
+// A watching is a watch that waits for reports.
+type watching struct {
+	t     testing.TB
+	turns <-chan turn
+	leave func()
+	last  *vsockrpc.Report
+}
+
+type turn struct {
+	reply vsockrpc.WatchReply
+	err   error
+}
+
+func (s *served) watch() *watching {
+	s.t.Helper()
+	ctx, leave := context.WithCancel(s.t.Context())
+	s.t.Cleanup(leave)
+	turns := make(chan turn)
+	c := s.client().Client
+	go func() {
+		defer close(turns)
+		for reply, err := range (vsockrpc.Health{Client: c}).Watch(ctx, vsockrpc.MinWatchHeartbeat) {
+			select {
+			case turns <- turn{reply, err}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return &watching{t: s.t, turns: turns, leave: leave}
+}
+
+// until goes on until the report is as it should be. What comes before is passed
+// over.
+func (w *watching) until(verdict string, reasons ...string) *vsockrpc.Report {
+	w.t.Helper()
+	deadline := time.After(time.Minute)
+	for {
+		if r := w.last; r != nil && r.Verdict == verdict && slices.Equal(reasonsOf(r), reasons) {
+			return r
+		}
+		select {
+		case x, ok := <-w.turns:
+			if !ok || x.err != nil {
+				w.t.Fatalf("the watch ended with %v", x.err)
+			}
+			if x.reply.Report != nil {
+				w.last = x.reply.Report
+			}
+		case <-deadline:
+			w.t.Fatalf("it is not %s for %q, but %s for %q", verdict, reasons, w.last.Verdict, reasonsOf(w.last))
+		}
+	}
+}
+
+// TestHealth has each change of the guest told by the watch, and taken back.
+func TestHealth(t *testing.T) {
+	g, pid1 := wellGuest(t)
+	old, waits := service("old.service", "a"), service("waits.service")
+	pid1.units["old.service"], pid1.units["waits.service"] = old, waits
+	s := g.serve(0)
+	c := s.client()
+	w := s.watch()
+	// What this test's folder lies on.
+	const here = "storeSwappable"
+	r := w.until(vsockrpc.VerdictDegraded, here)
+	if r.Hostname != "web" || r.Uptime != 100 || r.Load.Load15 != 100 || r.Memory.Available != 1<<20 || r.Systemd.State != "running" || r.Pressure.Memory == nil ||
+		r.Protocol != vsockrpc.Protocol || len(r.Unknown) > 0 {
+		t.Errorf("the report = %+v", r)
+	}
+
+	pid1.signal(func(s *consumer.System) { s.State = "starting" })
+	w.until(vsockrpc.VerdictStarting, "systemStarting", here)
+	pid1.signal(func(s *consumer.System) {
+		s.State = "degraded"
+		s.Failed = []consumer.FailedUnit{{Unit: "guestagent.socket", Result: "resources"}, {Unit: "web.service", Result: "exit-code", SinceUSec: 1_700_000_000_000_000}}
+	})
+	r = w.until(vsockrpc.VerdictDegraded, "unitFailed web.service", here)
+	if n := r.Reasons[0]; n.Since != "2023-11-14T22:13:20Z" || n.Hint != "systemctl status web.service" || n.Verdict != vsockrpc.VerdictDegraded || !strings.Contains(n.Detail, "exit-code") {
+		t.Errorf("the reason = %+v", n)
+	}
+	if len(r.Systemd.Failed) != 2 {
+		t.Errorf("the failed units = %+v, want both", r.Systemd.Failed)
+	}
+	pid1.signal(func(s *consumer.System) { s.Failed = nil })
+	w.until(vsockrpc.VerdictDegraded, here)
+
+	// The unit has been running for longer than the credential is there.
+	if _, err := c.Apply(t.Context(), apply(value("a", "1"))); err != nil {
+		t.Fatal(err)
+	}
+	r = w.until(vsockrpc.VerdictDegraded, "consumerStale old.service a", here)
+	if n := r.Reasons[0]; n.Hint != "guestctl refresh VM a" || n.Since != r.Entries[0].InstalledAt {
+		t.Errorf("the reason = %+v", n)
+	}
+	if _, err := c.Refresh(t.Context(), &vsockrpc.RefreshParams{}); err != nil {
+		t.Fatal(err)
+	}
+	pid1.signal(func(*consumer.System) {})
+	w.until(vsockrpc.VerdictDegraded, here)
+
+	g.write("etc/credstore/a", "other")
+	// Nobody told of the folder, which has just been made.
+	g.write(pathStore+"/b", "not ours")
+	if _, err := c.Apply(t.Context(), apply(value("c", "1"))); err != nil {
+		t.Fatal(err)
+	}
+	w.until(vsockrpc.VerdictDegraded, "shadowed a", here)
+	if err := os.Remove(filepath.Join(g.root, "etc/credstore/a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(g.root, pathStore, "c")); err != nil {
+		t.Fatal(err)
+	}
+	w.until(vsockrpc.VerdictDegraded, "missing c", here)
+
+	// A PID 1 that has executed itself anew is followed again.
+	pid1.hangUp()
+	for pid1.signal(func(s *consumer.System) { s.State = "stopping" }); ; {
+		pid1.mu.Lock()
+		again := len(pid1.followers) > 0
+		pid1.mu.Unlock()
+		if again {
+			break
+		}
+	}
+	w.until(vsockrpc.VerdictDegraded, "systemStopping", "missing c", here)
+}
+
+// A PID 1 that does not answer is one part of the report, and costs no other.
+func TestHealthWithoutSystemd(t *testing.T) {
+	g, pid1 := wellGuest(t)
+	pid1.stuck = errors.New("asking: \x1b[31m")
+	s := g.serve(0)
+	get := func() *vsockrpc.Report {
+		t.Helper()
+		r, err := (vsockrpc.Health{Client: s.client().Client}).Get(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for range 2 {
+		r := get()
+		if r.Verdict != vsockrpc.VerdictDegraded || r.Systemd != nil || !slices.Contains(r.Unknown, "systemd") || r.Memory == nil || !slices.Contains(reasonsOf(r), "systemdUnknown") {
+			t.Errorf("the report = %+v", r)
+		}
+		for _, n := range r.Reasons {
+			if strings.Contains(n.Detail, "\x1b") {
+				t.Errorf("the reason is raw: %q", n.Detail)
+			}
+		}
+		pid1.mu.Lock()
+		pid1.gone = errors.New("no such file")
+		pid1.mu.Unlock()
+	}
+	pid1.mu.Lock()
+	pid1.gone, pid1.stuck = nil, nil
+	pid1.mu.Unlock()
+	if r := get(); r.Systemd == nil || r.Systemd.Version != "262" || len(r.Unknown) > 0 {
+		t.Errorf("the report = %+v", r)
+	}
+}
+
+// What somebody configures is what is judged.
+func TestHealthRules(t *testing.T) {
+	g, pid1 := wellGuest(t)
+	g.write(pathConfig, `{"health": {"ignoreUnits": ["web*"], "disk": {"degraded": 1, "failing": 101}, "memory": {"degraded": 5, "failing": 101}}}`)
+	g.write("proc/pressure/memory", "some avg10=6.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=100.00 avg60=0.00 avg300=0.00 total=0\n")
+	pid1.system.Failed = []consumer.FailedUnit{{Unit: "web.service"}, {Unit: "db.service"}}
+	s := g.serve(0)
+	r, err := (vsockrpc.Health{Client: s.client().Client}).Get(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	codes := reasonsOf(r)
+	if !slices.Contains(codes, "unitFailed db.service") || slices.Contains(codes, "unitFailed web.service") || !slices.Contains(codes, "memoryPressure") || r.Verdict != vsockrpc.VerdictDegraded {
+		t.Errorf("%s: %v", r.Verdict, codes)
+	}
+}
+
+// Several watches have one observer, which goes with the last of them; and
+// another one begins afresh.
+func TestHealthWatches(t *testing.T) {
+	g, pid1 := wellGuest(t)
+	s := g.serve(0)
+	a, b := s.watch(), s.watch()
+	a.until(vsockrpc.VerdictDegraded, "storeSwappable")
+	b.until(vsockrpc.VerdictDegraded, "storeSwappable")
+	pid1.mu.Lock()
+	if n := len(pid1.followers); n > 1 {
+		t.Errorf("%d connections follow PID 1, want 1", n)
+	}
+	pid1.mu.Unlock()
+	a.leave()
+	pid1.signal(func(s *consumer.System) { s.State = "stopping" })
+	b.until(vsockrpc.VerdictDegraded, "systemStopping", "storeSwappable")
+	b.leave()
+	pid1.signal(func(s *consumer.System) { s.State = "running" })
+	d := s.watch()
+	d.until(vsockrpc.VerdictDegraded, "storeSwappable")
+	pid1.signal(func(s *consumer.System) { s.State = "maintenance" })
+	d.until(vsockrpc.VerdictFailing, "maintenance", "storeSwappable")
+}
+
+// `guestagent status` has the verdict of the agent that serves.
+func TestAsk(t *testing.T) {
+	g, pid1 := wellGuest(t)
+	pid1.system.Failed = []consumer.FailedUnit{{Unit: "web.service", Result: "exit-code"}}
+	r, err := g.a.Ask(t.Context())
+	if err != nil || r.Verdict != "" || len(codes(r)) > 0 {
+		t.Errorf("without an agent: %v, %+v", err, r)
+	}
+	s := g.serve(0)
+	if err := os.MkdirAll(filepath.Join(g.root, "run/guestagent"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(s.target.Path, filepath.Join(g.root, pathLocalSocket)); err != nil {
+		t.Fatal(err)
+	}
+	r, err = g.a.Ask(t.Context())
+	if err != nil || r.Verdict != vsockrpc.VerdictDegraded || !slices.Equal(codes(r), []health.Code{health.UnitFailed}) || r.Reasons[0].Unit != "web.service" {
+		t.Errorf("Ask = %v, %+v", err, r)
+	}
+	var b strings.Builder
+	if err := r.WriteText(&b, ""); err != nil || !strings.Contains(b.String(), "the guest is degraded\n") {
+		t.Errorf("the text is %q, %v", b.String(), err)
+	}
+	// A socket that nobody listens on.
+	if err := os.Remove(filepath.Join(g.root, pathLocalSocket)); err != nil {
+		t.Fatal(err)
+	}
+	g.write(pathLocalSocket, "")
+	r, err = g.a.Ask(t.Context())
+	if err != nil || r.Verdict != "" || !slices.Contains(codes(r), health.Unknown) {
+		t.Errorf("with an agent that is gone: %v, %+v", err, r)
+	}
+}

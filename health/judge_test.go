@@ -339,3 +339,18 @@ func TestJudgeBounds(t *testing.T) {
 		t.Errorf("a detail of 2000 bytes is %d long", len(d))
 	}
 }
+
+// Each code has a section for people, which says what it makes of the guest.
+func TestCodesDocumented(t *testing.T) {
+	b, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := map[Verdict]string{Failing: "Failing", Starting: "Starting", Degraded: "Degraded", Healthy: "A remark"}
+	for _, c := range codes {
+		_, section, ok := strings.Cut(string(b), "\n### "+string(c.code)+"\n")
+		if !ok || !strings.HasPrefix(section, words[c.verdict]) {
+			t.Errorf("docs/operations.md has no section on %s that begins with %q", c.code, words[c.verdict])
+		}
+	}
+}

@@ -35,7 +35,7 @@ const (
 	// ringConns are the connections that a guest may have at its provider.
 	ringConns = 8
 	// statusConns are those on the local socket.
-	statusConns = 16
+	statusConns = 64
 	// maxReport bounds what a guest says of itself, in bytes, so that it fits into
 	// the status.
 	maxReport = vsockrpc.MessageLimit - 64<<10

@@ -43,9 +43,10 @@ const (
 // Run watches until ctx ends, and returns its cause. It tells what is known of
 // the guest after the first attempt to reach it, and whenever that changed: a
 // sign of life is a change of LastContact. A connection that ends is made anew at
-// once, and only a guest that cannot be reached then is lost. All of it is told by
-// the goroutine that calls Run; while it is told, nothing is read, and a tell that
-// takes as long as three heartbeats loses the guest.
+// once, unless it was too short for that, and only a guest that cannot be reached
+// then is lost. All of it is told by the goroutine that calls Run; while it is
+// told, nothing is read, and a tell that takes as long as three heartbeats loses
+// the guest.
 func (w *Watcher) Run(ctx context.Context, tell func(State)) error {
 	r := watching{
 		Watcher: w, tell: tell, state: State{Guest: w.Guest.Name, Target: w.Guest.Target.String()},
@@ -62,8 +63,6 @@ func (w *Watcher) Run(ctx context.Context, tell func(State)) error {
 		case heard && time.Since(begun) >= callFirst:
 			told, pause = true, callFirst
 			continue
-		case heard:
-			pause = callFirst
 		}
 		s := &r.state
 		if same := !s.Reachable && s.Problem != nil && s.Problem.Code == f.Code; !told || heard || !same {

@@ -36,10 +36,13 @@ func (l *pipes) Close() error   { return nil }
 func (l *pipes) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
 
 // A network is what a watcher dials, by path.
-type network map[string]*pipes
+type network struct {
+	mu    sync.Mutex
+	paths map[string]*pipes
+}
 
 // serve has somebody listen there, until the network is left.
-func (n network) serve(path string, serve func(net.Listener) (stop func())) {
+func (n *network) serve(path string, serve func(net.Listener) (stop func())) {
 	l := n.at(path)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -52,15 +55,20 @@ func (n network) serve(path string, serve func(net.Listener) (stop func())) {
 	}
 }
 
-func (n network) at(path string) *pipes {
-	if n[path] == nil {
-		n[path] = &pipes{}
+func (n *network) at(path string) *pipes {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.paths == nil {
+		n.paths = map[string]*pipes{}
 	}
-	return n[path]
+	if n.paths[path] == nil {
+		n.paths[path] = &pipes{}
+	}
+	return n.paths[path]
 }
 
 // leave has nobody listen there any more.
-func (n network) leave(path string) {
+func (n *network) leave(path string) {
 	l := n.at(path)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -70,8 +78,10 @@ func (n network) leave(path string) {
 	}
 }
 
-func (n network) dial(_ context.Context, to vsockrpc.Target) (*vsockrpc.Client, error) {
-	l := n[to.Path]
+func (n *network) dial(_ context.Context, to vsockrpc.Target) (*vsockrpc.Client, error) {
+	n.mu.Lock()
+	l := n.paths[to.Path]
+	n.mu.Unlock()
 	if l == nil {
 		return nil, &vsockrpc.ConnectError{Target: to, Step: vsockrpc.StepSocket, Err: errors.New("no such file")}
 	}
@@ -155,14 +165,14 @@ func (w *watched) code() Code {
 }
 
 // watchIn runs a watcher in a bubble until the test ends.
-func watchIn(t *testing.T, n network, w *Watcher) *watched {
+func watchIn(t *testing.T, n *network, w *Watcher) *watched {
 	t.Helper()
 	var got watched
 	w.dial = n.dial
 	if w.Guest.Target == (vsockrpc.Target{}) {
 		w.Guest = Guest{Name: "web", Target: vsockrpc.Target{Scheme: vsockrpc.SchemeUnix, Path: "guest"}, Provider: ProviderAddress{Socket: "provider"}}
 	}
-	ctx, cancel := context.WithCancelCause(t.Context())
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- w.Run(ctx, got.tell) }()
 	t.Cleanup(func() {
@@ -171,7 +181,7 @@ func watchIn(t *testing.T, n network, w *Watcher) *watched {
 		if err := <-done; !errors.Is(err, end) {
 			t.Errorf("Run = %v, want %v", err, end)
 		}
-		for path := range n {
+		for path := range n.paths {
 			n.leave(path)
 		}
 	})
@@ -182,7 +192,7 @@ func later(d time.Duration) { <-time.After(d) }
 
 func TestWatcherProvider(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := network{}
+		n := &network{}
 		offset := int64(7000)
 		status := vsockrpc.ProviderStatus{
 			Name: "web", State: vsockrpc.GuestInForce, LastContact: now(), ClockOffset: &offset, Report: healthy(), Applies: noApplies(), Trimmed: true,
@@ -233,7 +243,7 @@ func TestWatcherProvider(t *testing.T) {
 // it is asked again when it is there again.
 func TestWatcherDirect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := network{}
+		n := &network{}
 		n.serve("guest", beating(healthy(), 5*time.Second, time.Minute))
 		p := hosttest.NewProvider(vsockrpc.ProviderStatus{State: vsockrpc.GuestInForce, LastContact: now(), Report: healthy()})
 		w := watchIn(t, n, &Watcher{})
@@ -257,7 +267,7 @@ func TestWatcherDirect(t *testing.T) {
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
-		n := network{}
+		n := &network{}
 		n.serve("guest", beating(healthy(), 5*time.Second, 0))
 		n.serve("provider", hosttest.NewProvider(vsockrpc.ProviderStatus{}).Serve)
 		w := watchIn(t, n, &Watcher{Direct: true})
@@ -279,7 +289,7 @@ func TestWatcherSilent(t *testing.T) {
 		{time.Millisecond, time.Hour, 3 * time.Second},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			n := network{}
+			n := &network{}
 			served := false
 			n.serve("guest", guest(func(ctx context.Context, tell func(vsockrpc.WatchReply) error) error {
 				if served {
@@ -319,9 +329,10 @@ func TestWatcherSilent(t *testing.T) {
 
 // A guest that is not there is told once, and looked for less and less.
 func TestWatcherPause(t *testing.T) {
-	for most, want := range map[time.Duration]int{0: 64, WaitPause: 302} { // in ten minutes
+	for most, want := range map[time.Duration]int{0: 65, WaitPause: 303} { // in ten minutes
 		synctest.Test(t, func(t *testing.T) {
-			n := network{"guest": &pipes{}}
+			n := &network{}
+			n.at("guest") // it is there, and nobody listens
 			w := watchIn(t, n, &Watcher{MaxPause: most})
 			later(10 * time.Minute)
 			if s, count := w.last(); count != 1 || s.Reachable || w.code() != CodeNoListener || s.Report != nil || !s.LastContact.IsZero() {
@@ -340,7 +351,7 @@ func TestWatcherPause(t *testing.T) {
 }
 
 // A guest that tells all the time waits until it is read, and one that hangs up
-// after each report is not called all the time.
+// after each report is called less and less.
 func TestWatcherFlood(t *testing.T) {
 	n := 0
 	endless := guest(func(_ context.Context, tell func(vsockrpc.WatchReply) error) error {
@@ -370,9 +381,9 @@ func TestWatcherFlood(t *testing.T) {
 	for what, c := range map[string]struct {
 		serve func(net.Listener) func()
 		most  int
-	}{"endless": {endless, 101}, "large": {large, 11}, "brief": {brief, 90}} {
+	}{"endless": {endless, 101}, "large": {large, 11}, "brief": {brief, 12}} {
 		synctest.Test(t, func(t *testing.T) {
-			n := network{}
+			n := &network{}
 			n.serve("guest", c.serve)
 			w := watchIn(t, n, &Watcher{Direct: true})
 			later(10 * time.Second)
@@ -390,7 +401,7 @@ func TestWatcherFlood(t *testing.T) {
 // A provider that hangs, or does not know the call, is passed over.
 func TestWatcherPassesOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := network{}
+		n := &network{}
 		p := hosttest.NewProvider(vsockrpc.ProviderStatus{})
 		p.Hang()
 		n.serve("provider", p.Serve)
@@ -406,7 +417,7 @@ func TestWatcherPassesOver(t *testing.T) {
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
-		n := network{}
+		n := &network{}
 		n.serve("guest", beating(healthy(), time.Second, 0))
 		n.serve("provider", guest(nil)) // it is none
 		w := watchIn(t, n, &Watcher{})

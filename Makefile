@@ -45,10 +45,11 @@ install: build ## install the binary and the units below DESTDIR
 	install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/guestagent' systemd/optional/*.conf
 
 .PHONY: install-guestctl
-install-guestctl: build ## install guestctl, its unit, man pages and completions below DESTDIR
+install-guestctl: build ## install guestctl, its units, alerts, man pages and completions below DESTDIR
 	install -D -m 0755 bin/guestctl '$(DESTDIR)$(PREFIX)/bin/guestctl'
 	for unit in systemd/host/*.*; do \
 	  sed 's|/usr/bin/guestctl|$(PREFIX)/bin/guestctl|' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)$(UNITDIR)'/"$${unit##*/}"; done
+	install -D -m 0644 dist/prometheus/alerts.yml '$(DESTDIR)$(PREFIX)/share/guestctl/alerts.yml'
 	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges' '$(DESTDIR)$(PREFIX)/share/man/man1'
 	for name in vsock vsock-mux; do ln -sf ../../../bin/guestctl '$(DESTDIR)$(PREFIX)/lib/systemd/varlink-bridges'/"$$name"; done
 	$(GUESTCTL) man '$(DESTDIR)$(PREFIX)/share/man/man1'
@@ -68,7 +69,7 @@ demo: go ## boot a VM, see a secret from an OEM string reach a service, rotate i
 
 .PHONY: test
 test: go ## run every test, those in VMs and containers too
-	@tools/deps vm nix race
+	@tools/deps vm nix race prometheus
 	go test -shuffle=on ./...
 	go test -race -short -shuffle=on ./...
 	tests/nix/check
@@ -102,4 +103,4 @@ fuzz: go ## run each fuzzer for FUZZTIME
 
 .PHONY: clean
 clean: ## remove what was built here; the guests' images stay in the user's cache folder
-	rm -rf bin dist tests/vm/artifacts
+	rm -rf bin dist/*.deb tests/vm/artifacts

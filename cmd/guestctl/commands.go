@@ -49,15 +49,16 @@ func (p *program) root() *cobra.Command {
 		Short: "Put credentials into running virtual machines",
 		Long: `guestctl puts credentials into running virtual machines, where guestagent keeps
 them for systemd's services, and lists, removes and rolls them back there. It has
-the services that use them load the new values.
+the services that use them load the new values. It tells how the machines are.
 
 TARGETS is one guest, or several separated by commas: names of VMs and globs over
 them (see guestctl list), vsock:CID[:PORT], vsock-mux:PATH[:PORT] or unix:PATH.
 Several are done one after the other until the first failure, unless --batch and
 --keep-going say otherwise. With --all there is no TARGETS.
 
-Exit status: 0 done, 1 failed or refused, 2 wrong usage, 4 unreachable, 5 rolled
-back by its gate; over several guests the highest.`,
+Exit status: 0 done, 1 failed or refused, 2 wrong usage, 3 not healthy (wait: the
+time is over), 4 unreachable, 5 rolled back by its gate; over several guests the
+highest.`,
 		Args:          cobra.ArbitraryArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -85,7 +86,7 @@ back by its gate; over several guests the highest.`,
 	f.StringArrayVar(&p.vms, "vms", nil, "look VMs up in `DIR`; may be repeated (default "+strings.Join(host.DefaultRegistry().Dirs, ", ")+")")
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(p.help())
-	root.AddCommand(p.push(), p.rm(), p.list(), p.refresh(), p.rollback(), p.retry(), p.versionCommand(), p.completion(), p.man(), p.bridge(), p.bootArgs(), p.execVMM(), p.provide())
+	root.AddCommand(p.push(), p.rm(), p.list(), p.status(), p.watch(), p.wait(), p.refresh(), p.rollback(), p.retry(), p.versionCommand(), p.completion(), p.man(), p.bridge(), p.bootArgs(), p.execVMM(), p.provide(), p.exporter())
 	_ = root.MarkPersistentFlagDirname("vms")
 	return root
 }

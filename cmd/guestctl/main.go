@@ -1,5 +1,6 @@
 // Guestctl puts credentials into running virtual machines, lists, removes and
 // rolls them back there, and has the services that use them load the new values.
+// It tells how those machines are.
 //
 // A value comes from a file or standard input, never from an argument. What
 // stands where a name belongs may be a value by mistake: no message repeats it
@@ -46,6 +47,9 @@ func main() {
 func status(err error) int {
 	if errors.As(err, new(usageError)) {
 		return statusUsage
+	}
+	if e, ok := errors.AsType[waitError](err); ok {
+		return e.status
 	}
 	return host.Status(err)
 }

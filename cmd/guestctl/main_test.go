@@ -40,6 +40,7 @@ func TestScripts(t *testing.T) {
 			"interrupt": interrupt, "vm": vm, "guest": guest, "hostile": hostile, "value": value, "calls": calls,
 			"waits": waits, "trial": trial, "nosystemd": noSystemd,
 			"notify": notify, "told": told, "gets": gets, "signal": signalAll, "hup": hup,
+			"says": says, "down": down, "up": up, "appears": appears,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
@@ -245,6 +246,54 @@ func hup(ts *testscript.TestScript, neg bool, args []string) {
 	before := g.Asked()
 	signalAll(ts, false, []string{"HUP"})
 	await(ts, "a look at "+args[0], func() bool { return g.Asked() > before })
+}
+
+// says GUEST [FILE] has a guest say what FILE has over its report, or the report
+// as it is.
+func says(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 1 || len(args) > 2 {
+		ts.Fatalf("usage: says GUEST [FILE]")
+	}
+	if len(args) == 1 {
+		guests(ts)[args[0]].Says(nil)
+		return
+	}
+	over := []byte(ts.ReadFile(args[1]))
+	ts.Check(json.Unmarshal(over, &vsockrpc.Report{}))
+	guests(ts)[args[0]].Says(func(r *vsockrpc.Report) { _ = json.Unmarshal(over, r) })
+}
+
+// down GUEST… ends guests, which keep what they have.
+func down(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: down GUEST…")
+	}
+	for _, name := range args {
+		guests(ts)[name].Stop()
+	}
+}
+
+// up GUEST… has guests listen again.
+func up(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: up GUEST…")
+	}
+	for _, name := range args {
+		ts.Check(guests(ts)[name].Start())
+	}
+}
+
+// appears FILE REGEXP waits until a file has a line.
+func appears(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: appears FILE REGEXP")
+	}
+	re, err := regexp.Compile("(?m)" + args[1])
+	ts.Check(err)
+	await(ts, args[1]+" in "+args[0], func() bool {
+		b, _ := os.ReadFile(ts.MkAbs(args[0]))
+		return re.Match(b)
+	})
 }
 
 // terminal runs guestctl as on a terminal.

@@ -37,6 +37,8 @@ type writer struct {
 	// below is a second table of the last result, with its own head.
 	below func(r host.Result) [][]string
 	foot  func(r host.Result) string // below it all, of the last result
+	// failures says that there are rows of failures, and what is below, too.
+	failures bool
 }
 
 // results shows the results of guests as they come.
@@ -128,7 +130,7 @@ func (o *results) emit(r host.Result) {
 		o.p.wrote(writeJSON(o.p.stdout, r))
 	}
 	refreshFailed := r.Error != nil && r.Error.Code == host.CodeRefreshFailed
-	if r.Error != nil && r.Reachable == nil && !refreshFailed {
+	if r.Error != nil && r.Reachable == nil && !refreshFailed && !o.writer.failures {
 		o.failed(r)
 		return
 	}
@@ -245,7 +247,7 @@ func (o *results) failed(r host.Result) {
 func (o *results) end(err error) error {
 	if o.table != nil {
 		o.p.wrote(o.table.Flush())
-		if o.writer.below != nil && err == nil {
+		if o.writer.below != nil && (err == nil || o.writer.failures) {
 			if rows := o.writer.below(o.only); len(rows) > 1 {
 				_, _ = fmt.Fprintln(o.table)
 				for _, row := range rows {
@@ -489,7 +491,7 @@ var writeVM = writer{
 
 // writeJSON writes a line of JSON. Every character that is not printable is
 // escaped, and no less the same string: who reads it may be a terminal.
-func writeJSON(w io.Writer, r host.Result) error {
+func writeJSON(w io.Writer, r any) error {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return errors.New("encoding a result")

@@ -201,12 +201,7 @@ func (p *program) provideTo(cmd *cobra.Command, f *provideFlags) (err error) {
 			return usage(cmd, fmt.Sprintf("the path of the provider's own socket would be longer than %d bytes, and nobody could connect to it: choose one with --socket", maxSocketPath))
 		}
 	}
-	log := slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
-			return slog.Attr{} // the journal has it
-		}
-		return a
-	}}))
+	log := p.serviceLog()
 	// The lock first: of two providers of a VM, the second one ends here.
 	local, err := host.ListenLocal(f.socket, f.group)
 	if err != nil {

@@ -107,10 +107,14 @@ func TestDebContents(t *testing.T) {
 		}},
 		{first.ctl, []string{
 			"-rwxr-xr-x /usr/bin/guestctl",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-exporter.service",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-exporter.socket",
 			"-rw-r--r-- /usr/lib/systemd/system/guestagent-provide@.service",
+			"-rw-r--r-- /usr/lib/systemd/system/guestagent-ready@.service",
 			"-rw-r--r-- /usr/share/bash-completion/completions/guestctl",
 			"-rw-r--r-- /usr/share/doc/guestctl/changelog.gz",
 			"-rw-r--r-- /usr/share/doc/guestctl/copyright",
+			"-rw-r--r-- /usr/share/guestctl/alerts.yml",
 			"-rw-r--r-- /usr/share/fish/vendor_completions.d/guestctl.fish",
 			"-rw-r--r-- /usr/share/man/man1/guestctl.1.gz",
 			"-rw-r--r-- /usr/share/zsh/vendor-completions/_guestctl",
@@ -223,8 +227,10 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 				t.Errorf("the bridge %s is %q", bridge, got)
 			}
 		}
-		for line := range strings.Lines(string(vmtest.Exec(t, m, vm.Command{Argv: []string{"systemd-analyze", "verify", "--man=no", "guestagent-provide@.service"}}).Stderr)) {
-			if strings.Contains(line, "guestagent-provide") {
+		for line := range strings.Lines(string(vmtest.Exec(t, m, vm.Command{Argv: []string{
+			"systemd-analyze", "verify", "--man=no", "guestagent-provide@.service", "guestagent-ready@web.service", "guestagent-exporter.service", "guestagent-exporter.socket",
+		}}).Stderr)) {
+			if strings.Contains(line, "guestagent-") {
 				t.Errorf("systemd-analyze verify says: %s", line)
 			}
 		}
@@ -276,7 +282,8 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		if got := show(t, m, "guestagent-pull.service", "ActiveState"); got != "inactive" {
 			t.Errorf("guestagent-pull.service is %s", got)
 		}
-		if got := vmtest.Run(t, m, "find", "/usr/bin", "/usr/lib/systemd", "/etc/systemd", "-name", "guestagent*", "!", "-name", "guestagent-provide@.service"); got != "" {
+		if got := vmtest.Run(t, m, "find", "/usr/bin", "/usr/lib/systemd", "/etc/systemd", "-name", "guestagent*",
+			"!", "-name", "guestagent-provide@.service", "!", "-name", "guestagent-ready@.service", "!", "-name", "guestagent-exporter.*"); got != "" {
 			t.Errorf("left behind:\n%s", got)
 		}
 		wantNoFile(t, m, "/run/guestagent")

@@ -33,6 +33,7 @@
             pkgs.gnumake
             pkgs.go_1_26
             pkgs.nix
+            pkgs.prometheus
             pkgs.qemu
             pkgs.shellcheck
             pkgs.systemd

@@ -27,7 +27,7 @@ buildGoModule (finalAttrs: {
   };
 
   # tests/nix/check --update writes it anew after a change of go.mod.
-  vendorHash = "sha256-DaIVbBuuJDH3g9T0G6umBkoe30Jcx24zz3kc188L7Is=";
+  vendorHash = "sha256-NWbwB4QnJQpLZHld6T7vvjt2/wZUxzoTnZv+2r3B/ZE=";
 
   subPackages = [ "cmd/guestagent" ];
   env.CGO_ENABLED = 0;

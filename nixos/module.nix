@@ -26,6 +26,13 @@ let
     lib.filterAttrs (_: v: v != null && v != { }) (
       lib.mapAttrs (_: v: if lib.isAttrs v then withoutUnset v else v) settings
     );
+  # From how many percent on.
+  threshold =
+    description:
+    key {
+      type = types.ints.between 1 101;
+      inherit description;
+    };
   # The longest time that the agent takes, a year.
   seconds = types.ints.between 0 (366 * 24 * 60 * 60);
 
@@ -101,6 +108,22 @@ in
         default = { };
         example.db-password.onChange = "auto";
         description = "What a change of a credential brings about, by the credential's name.";
+      };
+
+      health = {
+        disk = {
+          degraded = threshold "From how many percent in use a file system makes the guest degraded. By default 90; 101 is never.";
+          failing = threshold "From how many percent in use a file system makes the guest failing. By default 98; 101 is never.";
+        };
+        ignoreUnits = key {
+          type = types.listOf types.str;
+          example = [ "nightly-*.service" ];
+          description = "Units, with wildcards, whose failure says nothing about the guest's health. By default none.";
+        };
+        memory = {
+          degraded = threshold "From how many percent of ten seconds in which some task waited for memory the guest is degraded. By default 20; 101 is never.";
+          failing = threshold "From how many percent of ten seconds in which everything waited for memory the guest is failing. By default 20; 101 is never.";
+        };
       };
 
       names.allow = key {

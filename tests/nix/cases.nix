@@ -23,6 +23,7 @@ let
       "gnumake"
       "go_1_26"
       "nix"
+      "prometheus"
       "qemu"
       "shellcheck"
       "vhost-device-vsock"
@@ -66,6 +67,17 @@ let
     names.allow = [ "ssh.*" ];
     peer.privilegedPort = "ignored";
     policy.load."db-*" = [ "web.service" ];
+    health = {
+      disk = {
+        degraded = 80;
+        failing = 101;
+      };
+      ignoreUnits = [ "nightly-*.service" ];
+      memory = {
+        degraded = 1;
+        failing = 50;
+      };
+    };
     previous.ttl = 3600;
     provider = {
       address = "vsock:2:1020";

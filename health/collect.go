@@ -32,6 +32,11 @@ type Collector struct {
 	// path that is not there is left out. Of several on one file system only the
 	// first is told.
 	Paths []string
+	// Shown, where it is not nil, returns the reasons that were made of what
+	// Collect found, for those that Watch tells. Whoever collects for another cause
+	// may see something that is undone before Watch looks, which alone would never
+	// tell that it has gone.
+	Shown func() []Reason
 
 	// What tests put in the place of the kernel's.
 	readFile func(name string, limit int64) (string, error)

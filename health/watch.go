@@ -51,7 +51,8 @@ type trigger interface {
 // Watch tells whenever the disks or the pressure for memory, as [Judge] has them
 // under r, may make something else of the guest: it sends to changed, or leaves it
 // if nobody takes it and the buffer is full. So the buffer has to have room for one;
-// whoever takes it collects anew. It sends once at the start. Watch returns when ctx
+// whoever takes it collects anew. It sends once at the start, and, with
+// [Collector.Shown], each second until that says what it finds. Watch returns when ctx
 // ends, with its error.
 //
 // Nothing tells of a file system that fills up, so that each is asked once a second.
@@ -75,11 +76,15 @@ func (c *Collector) Watch(ctx context.Context, r Rules, changed chan<- struct{})
 
 	fired := make(chan int)
 	lost := make(chan struct{})
+	// The kernel refuses more than a window.
+	share := func(window time.Duration, percent int) time.Duration {
+		return window / 100 * time.Duration(min(percent, 100))
+	}
 	stalls := []stall{
-		stallSome: {"some", stallWindow / 100 * time.Duration(r.MemoryDegraded), stallWindow},
-		stallFull: {"full", stallWindow / 100 * time.Duration(r.MemoryFailing), stallWindow},
+		stallSome: {"some", share(stallWindow, r.MemoryDegraded), stallWindow},
+		stallFull: {"full", share(stallWindow, r.MemoryFailing), stallWindow},
 		// When all wait, some do.
-		stallSign: {"some", averageWindow / 100 * time.Duration(min(r.MemoryDegraded, r.MemoryFailing)), averageWindow},
+		stallSign: {"some", share(averageWindow, min(r.MemoryDegraded, r.MemoryFailing)), averageWindow},
 	}
 	t, err := c.openTrigger(stalls)
 	if err == nil {
@@ -100,10 +105,12 @@ func (c *Collector) Watch(ctx context.Context, r Rules, changed chan<- struct{})
 	var sign time.Time // until when one counts
 	var last []Reason
 	for first := true; ; first = false {
+		shown := c.shown()
+		pressed = pressed || slices.ContainsFunc(shown, func(r Reason) bool { return r.Code == MemoryPressure })
 		f := c.look(first || psi && (!tells || pressed || c.isOver(stallSome) || c.isOver(stallFull) || time.Now().Before(sign)), r)
 		psi = psi && (!first || f.Pressure.Memory != nil || slices.Contains(f.Unknown, "pressure"))
 		_, now := Judge(Guest{System: System{State: "running"}, Figures: f}, r)
-		if first || !slices.Equal(last, now) {
+		if first || !slices.Equal(last, now) || c.Shown != nil && !slices.Equal(shown, watchedReasons(now)) {
 			select {
 			case changed <- struct{}{}:
 			default:
@@ -115,9 +122,12 @@ func (c *Collector) Watch(ctx context.Context, r Rules, changed chan<- struct{})
 		case <-ctx.Done():
 			return ctx.Err()
 		case i := <-fired:
-			if i == stallSign {
+			switch {
+			case i == stallSign:
 				sign = time.Now().Add(signHold)
-			} else {
+			case i == stallSome && r.MemoryDegraded > 100, i == stallFull && r.MemoryFailing > 100:
+				// What is never reached is not reached by all of the time.
+			default:
 				c.setOver(i)
 			}
 		case <-lost:
@@ -125,6 +135,26 @@ func (c *Collector) Watch(ctx context.Context, r Rules, changed chan<- struct{})
 		case <-ticker.C:
 		}
 	}
+}
+
+// shown is what Shown says of what Watch looks at.
+func (c *Collector) shown() []Reason {
+	if c.Shown == nil {
+		return nil
+	}
+	return watchedReasons(c.Shown())
+}
+
+// watchedReasons are the reasons that Watch alone tells of, without what two that
+// say the same may differ in.
+func watchedReasons(reasons []Reason) []Reason {
+	var list []Reason
+	for _, r := range reasons {
+		if r.Code == DiskFull || r.Code == DiskLow || r.Code == MemoryPressure {
+			list = append(list, Reason{Code: r.Code, Verdict: r.Verdict, Detail: r.Detail})
+		}
+	}
+	return list
 }
 
 // look reads what a watch compares, with the pressure if it is asked for.
@@ -137,9 +167,8 @@ func (c *Collector) look(pressure bool, r Rules) Figures {
 	c.settle(f, false)
 	// Mountinfo is long, and says something new only of what would be full.
 	if slices.ContainsFunc(f.Disks, func(d Disk) bool {
-		readOnly := d.ReadOnly
 		d.ReadOnly = false
-		return readOnly && diskVerdict(d, r) != Healthy
+		return diskVerdict(d, r) != Healthy
 	}) {
 		f.mountinfo, f.Disks = c.run([]part{c.mounts()}).mountinfo, nil
 		c.settle(f, true)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -39,8 +40,14 @@ type watching struct {
 
 // watch starts a watch, with a trigger or without.
 func watch(t *testing.T, tells bool, change func(g *guest)) *watching {
+	return watchShown(t, tells, nil, change)
+}
+
+// watchShown is watch for a collector with Shown.
+func watchShown(t *testing.T, tells bool, shown func() []Reason, change func(g *guest)) *watching {
 	w := &watching{t: t, changed: make(chan struct{}, 1), trigger: &fakeTrigger{make(chan int), make(chan struct{})}}
 	w.g, w.c = newGuest(t)
+	w.c.Shown = shown
 	if change != nil {
 		change(w.g)
 	}
@@ -113,6 +120,50 @@ func (w *watching) judge(want Verdict) {
 	}
 }
 
+// TestWatchShown has somebody else collect between two looks of the watch.
+func TestWatchShown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var shown []Reason
+		collect := func(w *watching) {
+			_, reasons := Judge(Guest{System: running, Figures: w.c.Collect(), Others: []Reason{{Code: NoSMBIOS}}}, Rules{MemoryFailing: 30})
+			mu.Lock()
+			defer mu.Unlock()
+			shown = reasons
+		}
+		w := watchShown(t, true, func() []Reason {
+			mu.Lock()
+			defer mu.Unlock()
+			return shown
+		}, nil)
+		use := func(used uint64) {
+			w.set(func(g *guest) {
+				s := g.systems["/var"]
+				s.used, s.available = used, 1000-used
+				g.systems["/var"] = s
+			})
+		}
+		<-time.After(watchTick / 2)
+		use(990)
+		collect(w)
+		use(10)
+		w.within(watchTick, "what was shown and is no more")
+		w.within(watchTick, "the same, again")
+		collect(w)
+		w.silent(time.Minute)
+		use(990)
+		w.within(watchTick, "a full disk")
+		collect(w)
+		w.silent(time.Minute)
+
+		// What is shown of memory is looked at as well.
+		mu.Lock()
+		shown = append(shown, Reason{Code: MemoryPressure, Verdict: Failing, Detail: "as it was"})
+		mu.Unlock()
+		w.within(watchTick, "pressure that is shown and is no more")
+	})
+}
+
 func TestWatchDisks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := watch(t, true, nil)
@@ -160,6 +211,67 @@ func TestWatchDisks(t *testing.T) {
 		close(hang)
 		w.within(watchTick, "a disk that is back")
 		w.judge(Healthy)
+	})
+}
+
+// Of two paths on one file system the watch judges the first, as Collect does,
+// though stat(2) has a device for each subvolume.
+func TestWatchSubvolumes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, c := newGuest(t)
+		g.files["proc/self/mountinfo"] = "22 1 0:40 /@ / rw - btrfs /dev/vda rw\n130 22 0:40 /@var /var rw - btrfs /dev/vda rw\n"
+		full := fileSystem{mount: 22, device: "0:77", total: 1000, used: 990, available: 10}
+		g.systems["/"] = full
+		full.mount, full.device = 130, "0:78"
+		g.systems["/var"] = full
+		delete(g.systems, "/nix/store")
+		_, shown := Judge(Guest{System: running, Figures: c.Collect()}, Rules{})
+		if len(shown) != 1 || shown[0].Code != DiskFull {
+			t.Fatalf("the reasons are %+v", shown)
+		}
+		c.Shown = func() []Reason { return shown }
+		c.triggers = func(string, []stall) (trigger, error) { return nil, errors.New("not permitted") }
+		changed := make(chan struct{}, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.Watch(ctx, Rules{}, changed) }()
+		<-changed
+		<-time.After(time.Minute)
+		if len(changed) > 0 {
+			t.Error("the watch tells of something that Collect has told")
+		}
+		cancel()
+		<-done
+	})
+}
+
+// A threshold that is never reached does not cost the others their triggers.
+func TestWatchNever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, c := newGuest(t)
+		tr := &fakeTrigger{make(chan int), make(chan struct{})}
+		c.triggers = func(_ string, stalls []stall) (trigger, error) {
+			for _, s := range stalls {
+				if s.time > s.window {
+					t.Errorf("the kernel refuses %+v", s)
+				}
+			}
+			return tr, nil
+		}
+		changed := make(chan struct{}, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.Watch(ctx, Rules{MemoryDegraded: 101, MemoryFailing: 101}, changed) }()
+		<-changed
+		for _, i := range []int{stallSome, stallFull, stallSign} {
+			tr.fire <- i
+		}
+		<-time.After(watchTick)
+		if c.isOver(stallSome) || c.isOver(stallFull) || len(changed) > 0 {
+			t.Error("a stall counts that never does")
+		}
+		cancel()
+		<-done
 	})
 }
 

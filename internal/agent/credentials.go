@@ -217,7 +217,7 @@ func (c credentials) waiting() []vsockrpc.Waiting {
 		return nil
 	}
 	var list []vsockrpc.Waiting
-	for _, w := range c.hand.server.Waiting() {
+	for _, w := range c.hand.waiting() {
 		list = append(list, vsockrpc.Waiting{Unit: w.Unit, Name: w.Name, Since: w.Since.UTC().Format(time.RFC3339Nano)})
 	}
 	return list

@@ -3,11 +3,14 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/guestagent/guestagent/consumer"
@@ -205,6 +208,50 @@ func TestHealthWithoutSystemd(t *testing.T) {
 	}
 }
 
+// lostConn is a connection to PID 1 that has ended.
+type lostConn struct{ systemd }
+
+func (lostConn) System(context.Context) (consumer.System, error) {
+	return consumer.System{}, fmt.Errorf("reading the state of systemd: %w", consumer.ErrLost)
+}
+
+// A daemon-reexec while a report is made is none of its news.
+func TestHealthReexec(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		refused int // times
+		ok      bool
+	}{
+		{"at once", 0, true},
+		{"by and by", 5, true},
+		{"not in time", 1 << 20, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGuest(t)
+				pid1 := g.systemd(service("old.service", "a"))
+				dial, refused := g.a.dialSystemd, errors.New("connection refused")
+				g.a.dialSystemd = func(ctx context.Context) (systemd, error) {
+					if tt.refused--; tt.refused >= 0 {
+						return nil, refused
+					}
+					return dial(ctx)
+				}
+				u := g.a.askUnits(t.Context(), &followed{bus: lostConn{}, own: "other.service"}, []vsockrpc.Entry{{Name: "a"}})
+				if !tt.ok {
+					if !errors.Is(u.err, refused) {
+						t.Errorf("askUnits: %v, want %v", u.err, refused)
+					}
+					return
+				}
+				if u.err != nil || u.system.State != "running" || len(u.consumers) != 1 || u.own != pid1.own || pid1.conns != 0 {
+					t.Errorf("askUnits = %+v, with %d connections left", u, pid1.conns)
+				}
+			})
+		})
+	}
+}
+
 // What somebody configures is what is judged.
 func TestHealthRules(t *testing.T) {
 	g, pid1 := wellGuest(t)
@@ -278,4 +325,77 @@ func TestAsk(t *testing.T) {
 	if err != nil || r.Verdict != "" || !slices.Contains(codes(r), health.Unknown) {
 		t.Errorf("with an agent that is gone: %v, %+v", err, r)
 	}
+}
+
+// A report that is too large to be sent is told without those who load what they
+// should have, and then without all.
+func TestReportFits(t *testing.T) {
+	report := func(stale bool) *vsockrpc.Report {
+		r := &vsockrpc.Report{}
+		for range 4096 {
+			e := vsockrpc.Entry{Name: strings.Repeat("n", 250)}
+			for i := range 4 {
+				e.Consumers = append(e.Consumers, vsockrpc.Consumer{Unit: strings.Repeat("u", 250), Stale: stale || i == 0})
+			}
+			r.Entries = append(r.Entries, e)
+		}
+		return r
+	}
+	for _, tt := range []struct {
+		stale bool
+		want  int // consumers of each
+	}{{false, 1}, {true, 0}} {
+		r := fitting(report(tt.stale))
+		if size := r.Size(); size > maxReportSize {
+			t.Errorf("the report has %d bytes", size)
+		}
+		wantEqual(t, "unknown", r.Unknown, []string{partConsumers})
+		for _, e := range r.Entries {
+			if len(e.Consumers) != tt.want {
+				t.Fatalf("%d consumers are left, want %d", len(e.Consumers), tt.want)
+			}
+		}
+	}
+	if r := fitting(&vsockrpc.Report{Entries: []vsockrpc.Entry{{Consumers: []vsockrpc.Consumer{{}}}}}); len(r.Unknown) > 0 || len(r.Entries[0].Consumers) != 1 {
+		t.Errorf("a small report becomes %+v", r)
+	}
+}
+
+// Who asks while a report is made waits for one other, however many they are.
+func TestReportsShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, pid1 := wellGuest(t)
+		asked := 0
+		dial := g.a.dialSystemd
+		g.a.dialSystemd = func(ctx context.Context) (systemd, error) {
+			pid1.mu.Lock()
+			asked++
+			pid1.mu.Unlock()
+			<-ctx.Done() // it answers nobody
+			return dial(ctx)
+		}
+		c := credentials{a: g.a, changes: &changes{}}
+		o := &observer{c: c, collecting: make(chan struct{}, 1), parts: &reportParts{c: c, collector: &health.Collector{Root: g.root}}}
+		var wg sync.WaitGroup
+		begin := time.Now()
+		for range 20 {
+			wg.Go(func() {
+				if _, err := o.report(t.Context()); err != nil {
+					t.Errorf("report: %v", err)
+				}
+			})
+		}
+		wg.Wait()
+		if d := time.Since(begin); asked > 2 || d > 2*systemdTimeout {
+			t.Errorf("PID 1 was asked %d times, for %v", asked, d)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		wg.Go(func() { _, _ = o.report(t.Context()) })
+		synctest.Wait()
+		cancel()
+		if _, err := o.report(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("report of who has gone = %v", err)
+		}
+		wg.Wait()
+	})
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -16,10 +17,17 @@ import (
 )
 
 // systemdTimeout bounds the wait for PID 1 while a report is made.
-const systemdTimeout = 2 * time.Second
+const systemdTimeout = 5 * time.Second
 
-// partSystemd is PID 1's part of a report.
-const partSystemd = "systemd"
+// askPause is the time after which PID 1 is asked again that was lost.
+const askPause = 100 * time.Millisecond
+
+// The parts of a report that are not the collector's: PID 1's, and who loads what,
+// where that is too much to be sent.
+const (
+	partSystemd   = "systemd"
+	partConsumers = "consumers"
+)
 
 // A follower is PID 1 as somebody sees it who stays connected.
 type follower interface {
@@ -86,17 +94,68 @@ func (p *reportParts) report(ctx context.Context, f *followed) (*vsockrpc.Report
 	} else {
 		r.Systemd = wireSystem(g.System)
 	}
-	return r, nil
+	return fitting(r), nil
+}
+
+// maxReportSize is how large a report may be and still be sent, in bytes.
+const maxReportSize = vsockrpc.MessageLimit - 64<<10
+
+// fitting is a report that can be sent: where it is too large, the consumers are
+// left out that are not stale, and where that is not enough, all.
+func fitting(r *vsockrpc.Report) *vsockrpc.Report {
+	for _, left := range []func(vsockrpc.Consumer) bool{
+		func(c vsockrpc.Consumer) bool { return !c.Stale },
+		func(vsockrpc.Consumer) bool { return true },
+	} {
+		if r.Size() <= maxReportSize {
+			break
+		}
+		for i := range r.Entries {
+			r.Entries[i].Consumers = slices.DeleteFunc(r.Entries[i].Consumers, left)
+		}
+		if !slices.Contains(r.Unknown, partConsumers) {
+			r.Unknown = append(r.Unknown, partConsumers)
+		}
+	}
+	return r
 }
 
 // askUnits asks PID 1, and gives up soon: a report says so then.
-func (a *Agent) askUnits(ctx context.Context, f *followed, entries []vsockrpc.Entry) (u units) {
+//
+// Where f is lost it asks on another connection, as soon as there is one. So it
+// is with each daemon-reexec, of which systemd tells those who follow right
+// before, and where the last watch has just left.
+func (a *Agent) askUnits(ctx context.Context, f *followed, entries []vsockrpc.Entry) units {
 	ctx, cancel := context.WithTimeout(ctx, systemdTimeout)
 	defer cancel()
 	names := make([]string, len(entries))
 	for i, e := range entries {
 		names[i] = e.Name
 	}
+	u := a.askOnce(ctx, f, names)
+	if f != nil && f.hangs != nil && errors.Is(u.err, context.DeadlineExceeded) {
+		select {
+		case f.hangs <- struct{}{}:
+		default:
+		}
+	}
+	if f == nil || !errors.Is(u.err, consumer.ErrLost) {
+		return u
+	}
+	again := time.NewTicker(askPause)
+	defer again.Stop()
+	for u.err != nil {
+		select {
+		case <-again.C:
+			u = a.askOnce(ctx, nil, names)
+		case <-ctx.Done():
+			return u
+		}
+	}
+	return u
+}
+
+func (a *Agent) askOnce(ctx context.Context, f *followed, names []string) (u units) {
 	if f == nil {
 		var bus systemd
 		if bus, u.err = a.pid1(ctx); u.err != nil {

@@ -117,6 +117,8 @@ type handout struct {
 
 	// hold keeps the agent from ending when idle, until release is called.
 	hold func() (release func())
+	// tell says that the units that wait may be others now.
+	tell func()
 
 	// turn guards what follows: of who decides, and of who lets go of pins.
 	turn  sync.Mutex
@@ -128,6 +130,7 @@ type handout struct {
 
 	mu     sync.Mutex
 	loads  loads
+	held   map[credsocket.Request]bool // who was told to wait, and was not given anything since
 	dirty  bool
 	saver  sync.Mutex // one goroutine writes at a time
 	saving sync.WaitGroup
@@ -156,8 +159,8 @@ func (p *pin) close() {
 
 func (a *Agent) newHandout(cfg Config, log *slog.Logger) *handout {
 	h := &handout{
-		a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{},
-		hold: func() func() { return func() {} },
+		a: a, cfg: cfg, log: log, pins: map[string]*pin{}, asked: map[credsocket.Request]string{}, held: map[credsocket.Request]bool{},
+		hold: func() func() { return func() {} }, tell: func() {},
 	}
 	h.bus.dial = a.pid1
 	h.server = &credsocket.Server{Decide: h.decide, Wait: cfg.Socket.Wait, Log: log}
@@ -175,6 +178,39 @@ func (a *Agent) newHandout(cfg Config, log *slog.Logger) *handout {
 
 // decide says what becomes of a request: see [credsocket.Server].
 func (h *handout) decide(ctx context.Context, r credsocket.Request) credsocket.Decision {
+	d := h.decision(ctx, r)
+	wait := d.Value == nil && d.Refuse == nil
+	h.mu.Lock()
+	was := h.held[r]
+	if wait {
+		if !was && len(h.held) >= maxLoads { // units that were stopped while they waited
+			there := map[credsocket.Request]bool{}
+			for _, w := range h.server.Waiting() {
+				there[w.Request] = h.held[w.Request]
+			}
+			h.held = there
+		}
+		h.held[r] = true
+	} else {
+		delete(h.held, r)
+	}
+	h.mu.Unlock()
+	if wait != was {
+		h.tell()
+	}
+	return d
+}
+
+// waiting returns the requests that wait, oldest first. One that is not decided on
+// is none: most are given what they ask for at once.
+func (h *handout) waiting() []credsocket.Waiting {
+	all := h.server.Waiting()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.DeleteFunc(all, func(w credsocket.Waiting) bool { return !h.held[w.Request] })
+}
+
+func (h *handout) decision(ctx context.Context, r credsocket.Request) credsocket.Decision {
 	refuse := func(err error) credsocket.Decision { return credsocket.Decision{Refuse: err} }
 	h.turn.Lock()
 	defer h.turn.Unlock()

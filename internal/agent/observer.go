@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/guestagent/guestagent/consumer"
+	"github.com/guestagent/guestagent/health"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -30,10 +31,12 @@ type observer struct {
 	// ctx ends with the agent.
 	ctx context.Context
 	wg  *sync.WaitGroup
-	// collecting is held while a report is made: one at a time, since two cost
-	// twice and say the same.
-	collecting sync.Mutex
+	// collecting has room for one who makes a report: two cost twice and say the
+	// same.
+	collecting chan struct{}
 	parts      *reportParts
+	// looking is held while the collector watches: it does one at a time.
+	looking sync.Mutex
 
 	mu        sync.Mutex
 	watches   int
@@ -42,16 +45,36 @@ type observer struct {
 	err       error
 	another   chan struct{} // closed when there is another report, or error
 	following *followed     // nil where PID 1 is not followed
+	// made is the last report that was asked for, and when it was begun.
+	made  *vsockrpc.Report
+	begun time.Time
 }
 
-// report makes a report now.
+// report makes a report of what is so now. Who has to wait for another's takes
+// one that was begun meanwhile.
 func (o *observer) report(ctx context.Context) (*vsockrpc.Report, error) {
-	o.collecting.Lock()
-	defer o.collecting.Unlock()
+	asked := time.Now()
+	select {
+	case o.collecting <- struct{}{}:
+		defer func() { <-o.collecting }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	o.mu.Lock()
-	f := o.following
+	f, made, begun := o.following, o.made, o.begun
 	o.mu.Unlock()
-	return o.parts.report(ctx, f)
+	if made != nil && begun.After(asked) {
+		return made, nil
+	}
+	begun = time.Now()
+	r, err := o.parts.report(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.made, o.begun = r, begun
+	return r, nil
 }
 
 // join begins a watch, and returns what ends it.
@@ -82,6 +105,20 @@ func (o *observer) latest() (r *vsockrpc.Report, another <-chan struct{}, err er
 	return o.now, o.another, o.err
 }
 
+// shown are the reasons in the report.
+func (o *observer) shown() []health.Reason {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.now == nil {
+		return nil
+	}
+	list := make([]health.Reason, 0, len(o.now.Reasons))
+	for _, n := range o.now.Reasons {
+		list = append(list, health.Reason{Code: health.Code(n.Code), Verdict: health.Verdict(n.Verdict), Detail: n.Detail})
+	}
+	return list
+}
+
 // run makes reports until ctx ends.
 func (o *observer) run(ctx context.Context) {
 	var wg sync.WaitGroup
@@ -89,6 +126,8 @@ func (o *observer) run(ctx context.Context) {
 	dirty := make(chan struct{}, 1)
 	wg.Go(func() { o.follow(ctx, dirty) })
 	wg.Go(func() {
+		o.looking.Lock()
+		defer o.looking.Unlock()
 		if err := o.parts.collector.Watch(ctx, o.parts.rules, dirty); err != nil && ctx.Err() == nil {
 			o.log.Warn("watching memory and file systems failed; they are looked at now and then", slog.String("error", err.Error()))
 		}
@@ -146,6 +185,9 @@ type followed struct {
 	bus  systemd
 	find func(ctx context.Context, names []string) ([]consumer.Unit, error)
 	own  string // the unit that the agent runs in
+	// hangs is told when PID 1 did not answer in time: what was asked over a
+	// connection that nobody reads fills it up. Nil where nobody is to be told.
+	hangs chan struct{}
 }
 
 // follow stays connected to PID 1, and tells when it says that something
@@ -174,7 +216,10 @@ func (o *observer) follow(ctx context.Context, dirty chan<- struct{}) {
 	}
 }
 
-var errFollowEnded = errors.New("the connection to systemd ended")
+var (
+	errFollowEnded = errors.New("the connection to systemd ended")
+	errNoAnswer    = errors.New("systemd did not answer in time")
+)
 
 func (o *observer) followOnce(ctx context.Context, poke func()) error {
 	bus, err := o.c.a.pid1(ctx)
@@ -191,7 +236,7 @@ func (o *observer) followOnce(ctx context.Context, poke func()) error {
 	if err != nil {
 		return err
 	}
-	now := &followed{bus: bus, find: f.Find, own: own}
+	now := &followed{bus: bus, find: f.Find, own: own, hangs: make(chan struct{}, 1)}
 	o.mu.Lock()
 	o.following = now
 	o.mu.Unlock()
@@ -209,6 +254,8 @@ func (o *observer) followOnce(ctx context.Context, poke func()) error {
 			poke()
 		case <-f.Lost():
 			return errFollowEnded
+		case <-now.hangs:
+			return errNoAnswer
 		case <-ctx.Done():
 			return nil
 		}

@@ -89,7 +89,11 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 		hand := a.newHandout(cfg, s.Log)
 		defer hand.close()
 		c.hand = hand
-		hand.server.Store, hand.server.Busy, hand.hold = s.Store, busy.setWaiting, busy.hold
+		hand.server.Store, hand.hold, hand.tell = s.Store, busy.hold, c.changes.tell
+		hand.server.Busy = func(n int) {
+			busy.setWaiting(n)
+			c.changes.tell() // one that waited may be gone
+		}
 		loadCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 		stopLoading = stop
 		loading.Go(func() {
@@ -102,9 +106,10 @@ func (a *Agent) Serve(ctx context.Context, s Serving) error {
 	c.watchStore()
 
 	h := healthServer{c: c, observer: &observer{
-		c: c, log: s.Log, ctx: workCtx, wg: &c.work.wg,
+		c: c, log: s.Log, ctx: workCtx, wg: &c.work.wg, collecting: make(chan struct{}, 1),
 		parts: &reportParts{c: c, collector: &health.Collector{Root: cmp.Or(a.Root, "/")}, rules: cfg.rules()},
 	}}
+	h.observer.parts.collector.Shown = h.observer.shown
 	server := &vsockrpc.Server{
 		Vendor: "guestagent", Product: "guestagent", Version: a.Version, URL: "https://github.com/guestagent/guestagent",
 		Interfaces:    []vsockrpc.Interface{c.iface(), h.iface(), metrics{h.observer.report}.iface()},

@@ -76,14 +76,21 @@ func (s *State) Verdict() string {
 	}
 }
 
+// partSystemd is systemd among what a guest could not find out.
+const partSystemd = "systemd"
+
 // Healthy reports whether the verdict is healthy.
 func (s *State) Healthy() bool { return s.Verdict() == vsockrpc.VerdictHealthy }
 
 // Ready reports whether the guest can do its work: it is healthy or degraded,
-// its systemd has booted or is not known, and its provider's set is in force, if
-// it has a provider.
+// its systemd has booted, as far as its agent is not too old to say so, and its
+// provider's set is in force, if it has a provider.
 func (s *State) Ready() bool {
 	if v := s.Verdict(); v != vsockrpc.VerdictHealthy && v != vsockrpc.VerdictDegraded {
+		return false
+	}
+	// A guest that boots may be too busy to say so.
+	if slices.Contains(s.Report.Unknown, partSystemd) {
 		return false
 	}
 	if sd := s.Report.Systemd; sd != nil && !slices.Contains([]string{"running", "degraded", ""}, sd.State) {

@@ -53,6 +53,7 @@ func TestStateVerdict(t *testing.T) {
 		{"systemd starting", State{Reachable: true, Report: system("starting")}, "healthy", false, ""},
 		{"systemd unknown", State{Reachable: true, Report: system("")}, "healthy", true, ""},
 		{"no systemd", State{Reachable: true, Report: healthy(func(r *vsockrpc.Report) { r.Systemd = nil })}, "healthy", true, ""},
+		{"systemd too busy", State{Reachable: true, Report: healthy(func(r *vsockrpc.Report) { r.Systemd, r.Unknown = nil, []string{"systemd"} })}, "healthy", false, ""},
 		{"no provider", State{Reachable: true, Report: provider("none")}, "healthy", true, ""},
 		{"in force", State{Reachable: true, Report: provider("inForce")}, "healthy", true, ""},
 		{"waiting", State{Reachable: true, Report: provider("waiting")}, "healthy", false, ""},

@@ -201,8 +201,8 @@ type GetResult struct {
 type WatchReply struct {
 	// Report is nil in a heartbeat.
 	Report *Report `json:"report,omitzero"`
-	// Time is the guest's clock in a heartbeat, of RFC 3339; empty where the guest
-	// is older than that.
+	// Time is the guest's clock when it sent the reply, of RFC 3339; empty where the
+	// guest is older than that. The report may have been made before.
 	Time string `json:"time,omitzero"`
 }
 

@@ -45,7 +45,7 @@ func viewOf(s *host.State) *view {
 func resultView(r *host.Result) *view {
 	v := &view{
 		guest: r.Guest, target: r.Target, verdict: r.Verdict, reasons: r.Reasons, reachable: r.Verdict != host.VerdictUnreachable,
-		report: r.Report, trimmed: r.Trimmed,
+		report: r.Report, provider: r.ProviderStatus, trimmed: r.Trimmed,
 	}
 	if v.verdict == "" { // it was not asked
 		v.verdict = host.VerdictUnknown

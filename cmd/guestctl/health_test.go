@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -529,6 +530,35 @@ func TestWaitProgress(t *testing.T) {
 	line := clearLine + "waiting for unix:" + g.Socket + ": "
 	if want := line + "no answer yet" + line + "x is not there" + clearLine; status(err) != host.StatusFailed || errOut.String() != want {
 		t.Errorf("stderr = %q, %v, want %q", errOut.String(), err, want)
+	}
+}
+
+// What a provider knew of a guest before the wait began may be of one that has
+// stopped, or of the boot before.
+func TestWaitIsForNow(t *testing.T) {
+	dir := t.TempDir()
+	known := vsockrpc.ProviderStatus{
+		Name: "a", State: vsockrpc.GuestInForce, LastContact: time.Now().UTC().Format(time.RFC3339Nano),
+		Report: &vsockrpc.Report{Verdict: vsockrpc.VerdictHealthy},
+	}
+	provider, err := hosttest.StartProvider(dir, "p", known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(provider.Close)
+	g := host.Guest{Name: "a", Target: vsockrpc.Target{Scheme: vsockrpc.SchemeUnix, Path: filepath.Join(dir, "gone.sock")}, Provider: host.ProviderAddress{Socket: provider.Socket}}
+
+	p := &program{stdout: io.Discard, stderr: io.Discard}
+	if err := p.waitFor(t.Context(), g, missingReady, 100*time.Millisecond); status(err) != host.StatusUnreachable {
+		t.Errorf("wait = %v, want that it was never reached", err)
+	}
+	errOut := trigger{word: "its provider has not heard of it since", call: func() {
+		known.LastContact = time.Now().UTC().Format(time.RFC3339Nano)
+		provider.Set(known)
+	}}
+	p = &program{stdout: io.Discard, stderr: &errOut, errTerminal: true}
+	if err := p.waitFor(t.Context(), g, missingReady, 0); err != nil || !strings.Contains(errOut.String(), errOut.word) {
+		t.Errorf("wait = %v, after %q, want that it waited", err, errOut.String())
 	}
 }
 

@@ -14,10 +14,8 @@ import (
 )
 
 const (
-	// statusBatch is how many guests are asked at a time, and statusTimeout bounds
-	// how long one may take, if --batch and --timeout are not given. One that has
-	// no memory left takes its time.
-	statusBatch   = 64
+	// statusTimeout bounds how long a guest may take, if --timeout is not given. One
+	// that has no memory left takes its time.
 	statusTimeout = 10 * time.Second
 	// maxDetails is how many reasons, units or disks of a guest are shown.
 	maxDetails = 32
@@ -36,7 +34,8 @@ starting: it boots, or waits for its credentials. failing: it cannot do its work
 soon will not. unreachable: it does not answer. unknown: its agent gives no verdict.
 What a code means is in docs/operations.md. Details and hints are the guest's words.
 
-Guests are asked at the same time, and all of them, whatever comes of one.
+Where a guest does not let the caller ask, what its provider heard in the last minute
+holds. Guests are asked at the same time, and all of them, whatever comes of one.
 
 Exit status: 0 all are healthy, 3 one is not, 4 one is unreachable.`,
 		Example:           "  guestctl status web\n  guestctl status --all\n  guestctl status 'web*' --json",
@@ -46,9 +45,9 @@ Exit status: 0 all are healthy, 3 one is not, 4 one is unreachable.`,
 			if len(guests) == 0 {
 				return err
 			}
-			fleet := host.Fleet{Guests: guests, Batch: p.batch, KeepGoing: true, Timeout: p.timeout}
-			if !cmd.Flags().Changed("batch") {
-				fleet.Batch = statusBatch
+			fleet := host.Fleet{Guests: guests, KeepGoing: true, Timeout: p.timeout}
+			if cmd.Flags().Changed("batch") {
+				fleet.Batch = p.batch
 			}
 			if !cmd.Flags().Changed("timeout") {
 				fleet.Timeout = statusTimeout

@@ -24,6 +24,10 @@ const (
 	forConsumer   = "consumer="
 )
 
+// waitHeartbeat is the longest silence of whoever is asked: soon after a provider
+// has heard of a guest that has nothing new to say, the provider says so.
+const waitHeartbeat = 2 * time.Second
+
 // A waitError is a wait that ended before what it was for came true.
 type waitError struct {
 	status int
@@ -48,7 +52,7 @@ name that has an @ itself is written with another one behind it. consumer=UNIT: 
 unit loads at least one credential, is active, and is stale in none.
 
 A VM's provider is asked where there is one that answers, which needs no privilege;
-otherwise the guest is.
+otherwise the guest is. What a provider heard before the wait began does not count.
 
 Exit status: 0 it is true, 3 the time is over, 4 the time is over and the guest
 was never reached. What is missing is said then.`,
@@ -233,6 +237,12 @@ func (c condition) missing(s *host.State) string {
 	return vsockrpc.Escape(c(s), maxLine)
 }
 
+// fresh reports whether the guest was heard after a time. What its provider knows
+// of it may be of before it stopped, or of the boot before.
+func fresh(s *host.State, since time.Time) bool {
+	return s.Reachable && (s.Provider == nil || s.LastContact.After(since))
+}
+
 // A waited is how a guest was when a wait ended, in JSON.
 type waited struct {
 	seen
@@ -261,14 +271,18 @@ func (p *program) waitFor(ctx context.Context, g host.Guest, c condition, limit 
 	reached := false
 	missing := "no answer yet"
 	progress.say(fmt.Sprintf("waiting for %s: %s", label, missing))
-	w := host.Watcher{Guest: g, MaxPause: host.WaitPause}
+	begun := time.Now()
+	w := host.Watcher{Guest: g, Heartbeat: waitHeartbeat, MaxPause: host.WaitPause}
 	_ = w.Run(watch, func(s host.State) {
 		if watch.Err() != nil {
 			return // that the watch ends is no news of the guest
 		}
 		last = &s
-		reached = reached || s.Reachable
-		if missing = c.missing(&s); missing == "" {
+		reached = reached || fresh(&s, begun)
+		if missing = c.missing(&s); missing == "" && !fresh(&s, begun) {
+			missing = "its provider has not heard of it since this began"
+		}
+		if missing == "" {
 			done()
 			return
 		}

@@ -74,7 +74,7 @@ func (h healthServer) watch(ctx context.Context, call *vsockrpc.Call) error {
 		case err != nil:
 			return err
 		case r != last:
-			reply, last = &vsockrpc.WatchReply{Report: r}, r
+			reply.Report, last = r, r // it may have been made for others, a while ago
 		case last == nil: // the first report is being made
 			reply = nil
 		}

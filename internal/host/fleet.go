@@ -64,13 +64,15 @@ type Result struct {
 
 	// What follows is Status's. Verdict and Reasons are as in [State]. LastContact
 	// is a time of RFC 3339, by the host's clock, and ClockOffset milliseconds that
-	// the guest's clock is ahead.
+	// the guest's clock is ahead. ProviderStatus has no report.
 	Verdict     string            `json:"verdict,omitzero"`
 	Reasons     []vsockrpc.Reason `json:"reasons,omitzero"`
 	LastContact string            `json:"lastContact,omitzero"`
 	ClockOffset *int64            `json:"clockOffset,omitzero"`
 	Report      *vsockrpc.Report  `json:"report,omitzero"`
 	Trimmed     bool              `json:"trimmed,omitzero"` // the report was too large to keep all of it
+
+	ProviderStatus *vsockrpc.ProviderStatus `json:"providerStatus,omitzero"`
 
 	Error *Failure `json:"error,omitzero"`
 }

@@ -3,7 +3,8 @@ package host
 import (
 	"cmp"
 	"context"
-	"fmt"
+	"errors"
+	"io/fs"
 	"time"
 
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -11,15 +12,19 @@ import (
 
 const (
 	// statusBatch is how many guests are asked at a time for their status, where
-	// no Batch says so. Each may be waited for until its time is over.
-	statusBatch = 512
+	// no Batch says so. Each may be waited for until its time is over, and may take
+	// as much memory as a report can.
+	statusBatch = 64
 	// providerTimeout bounds what a provider on this host is waited for.
 	providerTimeout = 2 * time.Second
 )
 
-// Status asks each guest how it is, all of them whatever KeepGoing says, and 512
+// Status asks each guest how it is, all of them whatever KeepGoing says, and 64
 // at a time where Batch is 0. Where a guest has a provider, that is asked as well:
 // for what only it knows, and for the last report of a guest that does not answer.
+//
+// The provider's word holds for a guest too that does not let this caller ask, and
+// that its provider heard in the last minute.
 //
 // The Failure of a guest that answered and is not healthy has CodeNotHealthy, and
 // that of one that did not answer is as for any other call, whatever its provider
@@ -30,6 +35,7 @@ func (f Fleet) Status(ctx context.Context, emit func(Result)) error {
 	return f.all(ctx, emit, func(ctx context.Context, g Guest, r *Result, _ func(vsockrpc.Progress)) *Failure {
 		s, fail := f.status(ctx, g)
 		r.Verdict, r.Reasons, r.Report, r.Trimmed = s.Verdict(), s.Reasons(), s.Report, s.Trimmed
+		r.ProviderStatus = s.Provider
 		if !s.LastContact.IsZero() {
 			r.LastContact = s.LastContact.UTC().Format(time.RFC3339Nano)
 		}
@@ -40,7 +46,10 @@ func (f Fleet) Status(ctx context.Context, emit func(Result)) error {
 		if fail == nil && !s.Healthy() {
 			fail = &Failure{Code: CodeNotHealthy, Message: s.summary()}
 			if s.Verdict() == VerdictUnknown {
-				fail.Message = fmt.Sprintf("the agent does not say how the guest is; it is of version %s", vsockrpc.Escape(s.Report.Version, maxWord))
+				fail.Message = "the agent does not say how the guest is"
+				if s.Report != nil {
+					fail.Message += "; it is of version " + vsockrpc.Escape(s.Report.Version, maxWord)
+				}
 			}
 		}
 		return fail
@@ -60,6 +69,9 @@ func (f Fleet) status(ctx context.Context, g Guest) (State, *Failure) {
 	if p != nil {
 		s = stateOf(g, p, at)
 	}
+	if err != nil && notLetIn(err) && s.Reachable && at.Sub(s.LastContact) <= silence {
+		return s, nil
+	}
 	if err != nil {
 		s.Problem = failure(err, fateUntouched, ctx.Err() != nil)
 		s.Reachable = s.Problem.Status() != StatusUnreachable
@@ -68,6 +80,13 @@ func (f Fleet) status(ctx context.Context, g Guest) (State, *Failure) {
 	s.Reachable, s.Problem, s.LastContact, s.ClockOffset = true, nil, at, clockOffset(r.Time, at)
 	s.Report, s.Trimmed = trim(r)
 	return s, nil
+}
+
+// notLetIn reports whether a guest may be there that this caller may not ask: it
+// may not open the socket, or the agent hung up without a word.
+func notLetIn(err error) bool {
+	e, ok := errors.AsType[*vsockrpc.ConnectError](err)
+	return ok && (e.Step == vsockrpc.StepRefused || e.Step == vsockrpc.StepSocket && errors.Is(e.Err, fs.ErrPermission))
 }
 
 // askProvider asks a guest's provider, and returns nil where there is none that

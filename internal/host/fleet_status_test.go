@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"path/filepath"
 	"strings"
@@ -79,7 +80,7 @@ func TestFleetStatus(t *testing.T) {
 	// What does not belong to the call is left out.
 	var b []byte
 	must(t, Fleet{Guests: []Guest{good}}.List(t.Context(), func(r Result) { b, _ = json.Marshal(r) }))
-	for _, key := range []string{"verdict", "reasons", "report", "lastContact", "clockOffset", "trimmed"} {
+	for _, key := range []string{"verdict", "reasons", "report", "lastContact", "clockOffset", "trimmed", "providerStatus"} {
 		if strings.Contains(string(b), `"`+key+`"`) {
 			t.Errorf("a list has %s: %s", key, b)
 		}
@@ -122,6 +123,29 @@ func TestFleetStatusProvider(t *testing.T) {
 		if r.Verdict != VerdictUnreachable || r.Error == nil || r.Error.Status() != StatusUnreachable || r.Report == nil || r.Report.Generation != 77 || r.LastContact != contact {
 			t.Errorf("a guest that does not answer: %+v, %v", r, r.Error)
 		}
+	}
+	// Whoever may not ask has the provider's word, if that is of now.
+	hungUp := func(ctx context.Context, to vsockrpc.Target) (*vsockrpc.Client, error) {
+		if to.Path == gone.Target.Path {
+			return nil, &vsockrpc.ConnectError{Target: to, Step: vsockrpc.StepRefused, Err: io.EOF}
+		}
+		return vsockrpc.Dial(ctx, to)
+	}
+	status.LastContact = now()
+	p.Set(status)
+	for _, r := range []Result{ask(gone, refused), ask(gone, hungUp)} {
+		if r.Verdict != "healthy" || r.Error != nil || r.Report.Generation != 77 || r.ProviderStatus == nil || r.ProviderStatus.State != vsockrpc.GuestInForce || r.ProviderStatus.Report != nil {
+			t.Errorf("a guest that this caller may not ask: %+v, %v", r, r.Error)
+		}
+	}
+	if r := ask(gone); r.Verdict != VerdictUnreachable || r.Error.Status() != StatusUnreachable {
+		t.Errorf("a guest that is not there, whatever its provider says: %+v", r)
+	}
+	dead := status
+	dead.State = vsockrpc.GuestWaiting
+	p.Set(dead)
+	if r := ask(gone, refused); r.Verdict != VerdictUnreachable || r.Error.Status() != StatusUnreachable {
+		t.Errorf("a guest that its provider does not hear: %+v", r)
 	}
 	status.State, status.Problem = vsockrpc.GuestRolledBack, "a.service\x1b"
 	p.Set(status)

@@ -23,6 +23,9 @@ const (
 	// that does not answer. A guest that boots rings, and is called at once.
 	callFirst = 250 * time.Millisecond
 	callMost  = 10 * time.Second
+	// briefMost is the longest pause before a guest is called that answered, and
+	// hung up in less than callMost.
+	briefMost = 2 * time.Second
 	// againAfter is the pause after which a set is tried again that could not be
 	// applied, for a reason that may pass.
 	againAfter = 5 * time.Second
@@ -541,11 +544,18 @@ func (p *Provider) push(ctx context.Context, params *vsockrpc.ApplyParams) Resul
 // booted, or was restored.
 func (p *Provider) watchGuest(ctx context.Context) {
 	for pause := callFirst; ; pause = min(2*pause, callMost) {
+		begun := time.Now()
 		reached, err := p.watchOnce(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		if reached {
+		reach := p.reach
+		switch brief := time.Since(begun) < callMost; {
+		case reached && brief:
+			// One that hangs up after each answer is called less often, and may ring as
+			// it likes; one that has booted may do so once.
+			pause, reach = min(pause, briefMost), nil
+		case reached:
 			pause = callFirst
 		}
 		f := failure(err, fateUntouched, false)
@@ -556,7 +566,7 @@ func (p *Provider) watchGuest(ctx context.Context) {
 		t := time.NewTimer(pause)
 		select {
 		case <-t.C:
-		case <-p.reach:
+		case <-reach:
 			pause = callFirst
 		case <-ctx.Done():
 		}
@@ -605,11 +615,8 @@ func (p *Provider) watchOnce(ctx context.Context) (reached bool, err error) {
 			return reached, err
 		}
 		quiet.Reset(silence)
-		r, clock, pause := reply.Report, reply.Time, readPause
-		if r != nil {
-			clock = r.Time
-		}
-		if p.heard(r, clock) {
+		r, pause := reply.Report, readPause
+		if p.heard(r, toldTime(&reply)) {
 			pause = largePause
 		}
 		switch o := p.lastOutcome(); {

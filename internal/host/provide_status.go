@@ -49,6 +49,9 @@ func (p *Provider) watch(ctx context.Context, call *vsockrpc.Call) error {
 		return vsockrpc.ErrExpectedMore
 	}
 	call.Forget()
+	// The guest's last word may be older than its end: the next heartbeat has when
+	// it was heard anew.
+	p.poke()
 	heart := time.NewTicker(cmp.Or(params.Heartbeat, vsockrpc.DefaultWatchHeartbeat) / 2)
 	defer heart.Stop()
 	for {

@@ -102,8 +102,10 @@ func TestProviderTells(t *testing.T) {
 		later(10 * time.Second)
 		read("nothing new", "", "")
 		// Many changes are told twice a second, and the last one wins.
+		p.mu.Lock()
+		p.status.State = vsockrpc.GuestInForce // with the first report, and not before it
+		p.mu.Unlock()
 		for i := range 10 {
-			p.set(vsockrpc.GuestInForce, "")
 			p.heard(&vsockrpc.Report{Generation: int64(i)}, "")
 			later(20 * time.Millisecond)
 		}
@@ -302,8 +304,6 @@ func TestProviderPassesOn(t *testing.T) {
 	}
 	r.guest.Judge(vsockrpc.VerdictDegraded)
 	r.watchLocal(verdict(vsockrpc.VerdictDegraded)) // it is watched
-	r.mustRing()
-	asked := r.guest.Asked()
 	r.guest.Judge(vsockrpc.VerdictFailing, vsockrpc.Reason{Code: "diskFull", Verdict: vsockrpc.VerdictFailing})
 	r.watchLocal(verdict(vsockrpc.VerdictFailing))
 	await(t, "the line", func() bool {
@@ -312,9 +312,6 @@ func TestProviderPassesOn(t *testing.T) {
 	r.guest.Judge(vsockrpc.VerdictHealthy)
 	r.watchLocal(verdict(vsockrpc.VerdictHealthy))
 	r.applied(1)
-	if n := r.guest.Asked(); n != asked {
-		t.Errorf("the guest was asked %d times more", n-asked)
-	}
 
 	bell := dialTest(t, filepath.Join(r.dir, "bell"))
 	defer bell.Close()
@@ -323,6 +320,61 @@ func TestProviderPassesOn(t *testing.T) {
 			t.Errorf("Watch at the doorbell = %v, want that it is not there", err)
 		}
 	}
+}
+
+// Whoever begins to watch learns whether the guest is there still: it is asked.
+func TestProviderLooksAnew(t *testing.T) {
+	r := newRig(t, "a=1").boot().provide()
+	r.is(vsockrpc.GuestInForce)
+	begun := time.Now()
+	c := dialTest(t, filepath.Join(r.dir, "local"))
+	defer c.Close()
+	for reply, err := range (vsockrpc.Provider{Client: c}).Watch(t.Context(), time.Second) {
+		must(t, err)
+		contact := reply.LastContact
+		if reply.Status != nil {
+			contact = reply.Status.LastContact
+		}
+		if at, err := time.Parse(time.RFC3339, contact); err == nil && at.After(begun) {
+			break
+		}
+		if time.Since(begun) > watchHeartbeat/4 { // the guest gives a sign by itself later
+			t.Fatal("the guest was not asked")
+		}
+	}
+	r.applied(1)
+}
+
+// A guest that hangs up after each answer is called every two seconds at most,
+// however often it rings.
+func TestProviderBrief(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &network{}
+		n.serve("guest", guest(func(_ context.Context, tell func(vsockrpc.WatchReply) error) error {
+			_ = tell(vsockrpc.WatchReply{Report: healthy()})
+			return errors.New("enough")
+		}))
+		defer n.leave("guest")
+		p := statusOnly()
+		p.Target, p.dial = vsockrpc.Target{Path: "guest"}, n.dial
+		p.wake, p.reach = make(chan struct{}, 1), make(chan struct{}, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			p.watchGuest(ctx)
+		}()
+		for range 600 {
+			poke(p.reach)
+			later(100 * time.Millisecond)
+		}
+		cancel()
+		<-done
+		synctest.Wait() // for the server to accept the next one
+		if dials := n.at("guest").dials; dials < 20 || dials > 35 {
+			t.Errorf("it was called %d times in a minute, want about 30", dials)
+		}
+	})
 }
 
 // Reports without an end are bounded, in size and in number.

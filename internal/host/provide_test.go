@@ -885,6 +885,9 @@ func TestProviderApart(t *testing.T) {
 	one.has("a="+canary1, "one="+canary1, "two")
 	two.has("a="+canary2, "two="+canary2, "one")
 	for _, r := range []*rig{one, two} {
+		await(t, "the report with the names", func() bool { s := r.status(); return s.Report != nil && len(s.Report.Entries) == 2 })
+	}
+	for _, r := range []*rig{one, two} {
 		var all []byte
 		for socket, call := range map[string]string{
 			"local": `{"method":"io.guestagent.Provider.Status"}`, "bell": `{"method":"io.guestagent.Provider.Ring","more":true}`,

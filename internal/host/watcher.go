@@ -134,12 +134,12 @@ func (w *Watcher) connect(ctx context.Context, to vsockrpc.Target, limit int) (*
 	return vsockrpc.Dialer{MessageLimit: limit}.Dial(ctx, to)
 }
 
-// over connects, and watches until somebody is silent for too long. A watch calls
-// alive for every message.
+// over connects, and watches until somebody is silent for too long. For the first
+// message that is DefaultTimeout. A watch calls alive for every message.
 func (r *watching) over(ctx context.Context, to vsockrpc.Target, limit int, watch func(ctx context.Context, c *vsockrpc.Client, alive func()) error) (heard bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	quiet := time.AfterFunc(min(lostAfter*r.heartbeat, DefaultTimeout), func() { cancel(context.DeadlineExceeded) })
+	quiet := time.AfterFunc(DefaultTimeout, func() { cancel(context.DeadlineExceeded) })
 	defer quiet.Stop()
 	c, err := r.connect(ctx, to, limit)
 	if err != nil {
@@ -179,6 +179,7 @@ func (r *watching) watchProvider(ctx context.Context, c *vsockrpc.Client, alive 
 
 // watchGuest watches the guest itself.
 func (r *watching) watchGuest(ctx context.Context, c *vsockrpc.Client, alive func()) error {
+	looked := time.Now()
 	for reply, err := range (vsockrpc.Health{Client: c}).Watch(ctx, r.heartbeat) {
 		if err != nil {
 			return err
@@ -187,24 +188,35 @@ func (r *watching) watchGuest(ctx context.Context, c *vsockrpc.Client, alive fun
 		s := &r.state
 		s.Reachable, s.Problem, s.Provider, s.LastContact = true, nil, nil, time.Now()
 		pause := readPause
-		switch {
-		case reply.Report != nil:
-			s.ClockOffset = clockOffset(reply.Report.Time, s.LastContact)
+		if reply.Report != nil {
 			if s.Report, s.Trimmed = trim(reply.Report); s.Trimmed {
 				pause = largePause
 			}
-		case reply.Time != "":
-			s.ClockOffset = clockOffset(reply.Time, s.LastContact)
+		}
+		if told := toldTime(&reply); reply.Report != nil || told != "" {
+			s.ClockOffset = clockOffset(told, s.LastContact)
 		}
 		r.tell(*s)
-		if reply.Report == nil && r.answers(ctx) {
-			return errProvider
+		// One that never stops telling gives no heartbeats.
+		if reply.Report == nil || time.Since(looked) >= r.heartbeat {
+			if looked = time.Now(); r.answers(ctx) {
+				return errProvider
+			}
 		}
 		if err := pausing(ctx, pause); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// toldTime is the guest's clock when it sent a reply, "" if it does not say. The
+// report may be older: who joins others that watch gets theirs.
+func toldTime(r *vsockrpc.WatchReply) string {
+	if r.Time == "" && r.Report != nil {
+		return r.Report.Time
+	}
+	return r.Time
 }
 
 // answers reports whether the guest's provider, which did not answer before, can

@@ -239,6 +239,22 @@ func TestWatcherProvider(t *testing.T) {
 	})
 }
 
+// A guest that others watch has a report of a while ago.
+func TestWatcherClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &network{}
+		n.serve("guest", guest(func(ctx context.Context, tell func(vsockrpc.WatchReply) error) error {
+			old := healthy(func(r *vsockrpc.Report) { r.Time = time.Now().Add(-time.Hour).Format(time.RFC3339Nano) })
+			_ = tell(vsockrpc.WatchReply{Report: old, Time: time.Now().Format(time.RFC3339Nano)})
+			<-ctx.Done()
+			return ctx.Err()
+		}))
+		if s, _ := watchIn(t, n, &Watcher{}).last(); s.ClockOffset == nil || *s.ClockOffset != 0 || !s.Healthy() {
+			t.Errorf("with an old report %+v, %s", s.ClockOffset, s.Verdict())
+		}
+	})
+}
+
 // A provider that ends is not the guest's end, where the guest can be asked; and
 // it is asked again when it is there again.
 func TestWatcherDirect(t *testing.T) {
@@ -314,8 +330,7 @@ func TestWatcherSilent(t *testing.T) {
 				return
 			}
 			// Whoever is lost is asked once more before it is told.
-			first := min(DefaultTimeout, c.lost)
-			later(c.lost + first - 1)
+			later(c.lost + DefaultTimeout - 1)
 			if s, count := w.last(); !s.Reachable || count != 1 {
 				t.Errorf("with %+v it is lost early: %d states, %+v", c, count, s)
 			}

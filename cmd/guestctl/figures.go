@@ -64,13 +64,14 @@ func resultView(r *host.Result) *view {
 // about says what a reason is, in the guest's words: its code, and the unit and
 // the credential that it is about.
 func about(r vsockrpc.Reason) string {
-	s := r.Code
+	var s strings.Builder
+	s.WriteString(r.Code)
 	for _, word := range []string{r.Unit, r.Credential} {
 		if word != "" {
-			s += " " + word
+			s.WriteString(" " + word)
 		}
 	}
-	return s
+	return s.String()
 }
 
 // showReason is a reason in a list of them, fit for a terminal: about, and the

@@ -100,7 +100,8 @@ func draw(guests []host.Guest, states []*host.State, width, height int, now time
 		counts[cells[1]]++
 	}
 	slices.SortStableFunc(rows, func(a, b weighed) int { return cmp.Or(a.weight-b.weight, strings.Compare(a.cells[0], b.cells[0])) })
-	title := fmt.Sprintf("%s  %d guests", now.Local().Format(time.TimeOnly), len(guests))
+	var title strings.Builder
+	fmt.Fprintf(&title, "%s  %d guests", now.Local().Format(time.TimeOnly), len(guests))
 	verdicts := make([]string, 0, len(counts))
 	for v := range counts {
 		verdicts = append(verdicts, v)
@@ -111,7 +112,7 @@ func draw(guests []host.Guest, states []*host.State, width, height int, now time
 		if v == notAsked {
 			word = "not heard yet"
 		}
-		title += fmt.Sprintf(", %d %s", counts[v], word)
+		fmt.Fprintf(&title, ", %d %s", counts[v], word)
 	}
 	// A title, an empty line and the head; the last line says what is left out.
 	room := max(0, height-3)
@@ -124,7 +125,7 @@ func draw(guests []host.Guest, states []*host.State, width, height int, now time
 	for _, r := range rows {
 		table = append(table, r.cells)
 	}
-	lines := append([]string{title, ""}, columns(table)...)
+	lines := append([]string{title.String(), ""}, columns(table)...)
 	if left > 0 {
 		lines = append(lines, fmt.Sprintf("and %d more", left))
 	}

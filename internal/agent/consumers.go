@@ -85,6 +85,8 @@ func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string
 			loaded = which(load.Generation, inForce.Generation, previous.Generation)
 		case u.ActiveState == "activating":
 			return vsockrpc.LoadedNone, "" // it has not asked yet, or waits
+		case v.loads[u.Name].Names[l.As].USec > u.LoadedUSec:
+			return vsockrpc.LoadedNone, "" // it was started anew since systemd was asked
 		default:
 			loaded = vsockrpc.LoadedUnknown
 		}

@@ -102,6 +102,7 @@ func (w *watching) until(verdict string, reasons ...string) *vsockrpc.Report {
 // TestHealth has each change of the guest told by the watch, and taken back.
 func TestHealth(t *testing.T) {
 	g, pid1 := wellGuest(t)
+	g.write("etc/hostname", "guest")
 	old, waits := service("old.service", "a"), service("waits.service")
 	pid1.units["old.service"], pid1.units["waits.service"] = old, waits
 	s := g.serve(0)
@@ -145,8 +146,8 @@ func TestHealth(t *testing.T) {
 	pid1.signal(func(*consumer.System) {})
 	w.until(vsockrpc.VerdictDegraded, here)
 
-	g.write("etc/credstore/a", "other")
-	// Nobody told of the folder, which has just been made.
+	g.write("etc/credstore/a", "other") // in a folder that was not there
+	w.until(vsockrpc.VerdictDegraded, "shadowed a", here)
 	g.write(pathStore+"/b", "not ours")
 	if _, err := c.Apply(t.Context(), apply(value("c", "1"))); err != nil {
 		t.Fatal(err)

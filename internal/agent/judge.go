@@ -78,6 +78,8 @@ func (p *reportParts) report(ctx context.Context, f *followed) (*vsockrpc.Report
 		return nil, context.Cause(ctx)
 	}
 	if u.err == nil {
+		// Who has started by now was handed its values meanwhile.
+		c.flush()
 		u.err = c.a.addConsumers(c.cfg, r.Entries, u.consumers, u.own)
 	}
 	g := health.Guest{Figures: figures, System: judgedSystem(u), Provider: s.Provider.State}

@@ -3,7 +3,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -133,8 +136,9 @@ func (o *observer) run(ctx context.Context) {
 		}
 	})
 	for _, place := range o.c.a.shadowing() {
-		// Most are not there, and those that come are looked at by and by.
-		wg.Go(func() { _ = inotify(ctx, place.Dir, filesChange, dirty) })
+		parent := make(chan struct{}, 1)
+		wg.Go(func() { _ = inotify(ctx, filepath.Dir(place.Dir), filesChange, parent) })
+		wg.Go(func() { watchPlace(ctx, place.Dir, dirty, parent) })
 	}
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
@@ -156,6 +160,25 @@ func (o *observer) run(ctx context.Context) {
 		case <-dirty:
 		case <-stored:
 		case <-look.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// watchPlace is inotify for a folder that may not be there yet: parent has
+// something when it may have come.
+func watchPlace(ctx context.Context, dir string, changed chan<- struct{}, parent <-chan struct{}) {
+	for errors.Is(inotify(ctx, dir, filesChange, changed), fs.ErrNotExist) {
+		select {
+		case <-parent:
+			if _, err := os.Stat(dir); err != nil {
+				continue
+			}
+			select {
+			case changed <- struct{}{}: // it may have come with files
+			default:
+			}
 		case <-ctx.Done():
 			return
 		}

@@ -612,14 +612,20 @@ func testHostFolder(t *testing.T, h *providerHost) {
 	h.wantNoChange(t, g, before)
 }
 
-func testHostExposure(t *testing.T, h *providerHost) {
-	out := vmtest.Run(t, h.m, "systemd-analyze", "security", "--no-pager", providerOf("web"))
-	_, level, _ := strings.Cut(out, "exposure level for "+providerOf("web")+": ")
+// exposure checks what systemd thinks of a unit's sandbox.
+func exposure(t *testing.T, m *vm.Machine, unit string, limit float64) {
+	t.Helper()
+	out := vmtest.Run(t, m, "systemd-analyze", "security", "--no-pager", unit)
+	_, level, _ := strings.Cut(out, "exposure level for "+unit+": ")
 	level, _, _ = strings.Cut(level, " ")
-	if n, err := strconv.ParseFloat(level, 64); err != nil || n >= 2.5 {
-		t.Errorf("exposure %s, want below 2.5\n%s", level, out)
+	if n, err := strconv.ParseFloat(level, 64); err != nil || n >= limit {
+		t.Errorf("exposure %s, want below %g\n%s", level, limit, out)
 	}
 	t.Logf("exposure level %s", level)
+}
+
+func testHostExposure(t *testing.T, h *providerHost) {
+	exposure(t, h.m, providerOf("web"), 2.5)
 	process := vmtest.Run(t, h.m, "cat", fmt.Sprintf("/proc/%d/status", mainPID(t, h.m, providerOf("web"))), fmt.Sprintf("/proc/%d/limits", mainPID(t, h.m, providerOf("web"))))
 	// CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_NET_BIND_SERVICE.
 	process = strings.Join(strings.Fields(process), " ")

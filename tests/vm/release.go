@@ -27,7 +27,7 @@ func Releases() []Release {
 		{Name: "trixie", Systemd: 257},
 		// From 262 on systemd loads most libraries at run time and only recommends them.
 		{Name: "sid", Systemd: 262, Moving: true, packages: []string{
-			"libacl1", "libapparmor1", "libaudit1", "libkmod2", "libseccomp2", "libselinux1", "mount",
+			"libacl1", "libapparmor1", "libaudit1", "libkmod2", "libseccomp2", "libselinux1", "mount", "systemd-report",
 		}},
 	}
 }

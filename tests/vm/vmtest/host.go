@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -202,6 +203,31 @@ func (h *Host) name() string {
 	return strings.Join(append([]string{filepath.Base(h.cmd.Path)}, h.cmd.Args[1:]...), " ")
 }
 
+// A Line is one line of standard output.
+type Line struct {
+	Text string    // without its end
+	At   time.Time // when it came
+}
+
+// AwaitLine waits until ok takes a whole line that the program wrote to standard output since [Host.Mark], and returns it.
+func (h *Host) AwaitLine(t testing.TB, what string, ok func(line string) bool) Line {
+	t.Helper()
+	var found Line
+	h.until(t, what+" in the standard output", h.done, func() (string, bool, <-chan struct{}) {
+		list, changed := h.out.markedLines()
+		var text strings.Builder
+		for _, l := range list {
+			if ok(l.Text) {
+				found = l
+				return "", true, changed
+			}
+			text.WriteString(l.Text + "\n")
+		}
+		return text.String(), false, changed
+	})
+	return found
+}
+
 // AwaitStderr waits until a regular expression matches what the program wrote to standard error, since [Host.Mark], and
 // returns the match and its groups. ^ and $ are the ends of a line.
 func (h *Host) AwaitStderr(t testing.TB, pattern string) []string {
@@ -217,6 +243,7 @@ func (h *Host) AwaitNotify(t testing.TB, pattern string) []string {
 
 // Mark makes the methods that await something look only at what comes from now on.
 func (h *Host) Mark() {
+	h.out.mark()
 	h.said.mark()
 	h.notices.mark()
 }
@@ -224,12 +251,24 @@ func (h *Host) Mark() {
 func (h *Host) await(t testing.TB, s *stream, end <-chan struct{}, what, pattern string) []string {
 	t.Helper()
 	re := regexp.MustCompile("(?m)" + pattern)
+	var match []string
+	h.until(t, fmt.Sprintf("%q in the %s", pattern, what), end, func() (string, bool, <-chan struct{}) {
+		text, changed := s.marked()
+		match = re.FindStringSubmatch(text)
+		return text, match != nil, changed
+	})
+	return match
+}
+
+// until waits until look finds what it looks for, which returns where it looked, and what is closed when there is more.
+func (h *Host) until(t testing.TB, what string, end <-chan struct{}, look func() (text string, ok bool, changed <-chan struct{})) {
+	t.Helper()
 	timer := time.NewTimer(hostTimeout)
 	defer timer.Stop()
 	for ended := false; ; {
-		text, changed := s.marked()
-		if match := re.FindStringSubmatch(text); match != nil {
-			return match
+		text, ok, changed := look()
+		if ok {
+			return
 		}
 		why := "it has ended"
 		if !ended {
@@ -243,7 +282,7 @@ func (h *Host) await(t testing.TB, s *stream, end <-chan struct{}, what, pattern
 				why = "it took too long"
 			}
 		}
-		t.Fatalf("waiting for %q in the %s of %s: %s; it has\n%s\nits standard error is\n%s", pattern, what, h.name(), why, tailOf(text), h.said.tail())
+		t.Fatalf("waiting for %s of %s: %s; it has\n%s\nits standard error is\n%s", what, h.name(), why, tailOf(text), h.said.tail())
 	}
 }
 
@@ -287,6 +326,10 @@ type stream struct {
 	file *os.File
 	text []byte
 	from int
+	// lines are those of text that are whole, and begun is how much of it they are.
+	lines    []Line
+	begun    int
+	fromLine int
 	// changed is closed, and replaced, at each write.
 	changed chan struct{}
 }
@@ -295,6 +338,15 @@ func (s *stream) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.text = append(s.text, p...)
+	now := time.Now()
+	for {
+		n := bytes.IndexByte(s.text[s.begun:], '\n')
+		if n < 0 {
+			break
+		}
+		s.lines = append(s.lines, Line{Text: string(s.text[s.begun : s.begun+n]), At: now})
+		s.begun += n + 1
+	}
 	close(s.changed)
 	s.changed = make(chan struct{})
 	return s.file.Write(p)
@@ -303,7 +355,7 @@ func (s *stream) Write(p []byte) (int, error) {
 func (s *stream) mark() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.from = len(s.text)
+	s.from, s.fromLine = len(s.text), len(s.lines)
 }
 
 // marked returns what was written since the mark, and what is closed by the next write.
@@ -311,6 +363,13 @@ func (s *stream) marked() (string, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return string(s.text[s.from:]), s.changed
+}
+
+// markedLines is marked for whole lines.
+func (s *stream) markedLines() ([]Line, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.lines[s.fromLine:]), s.changed
 }
 
 func (s *stream) tail() string {

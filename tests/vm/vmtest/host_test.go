@@ -28,6 +28,7 @@ func TestHostHelper(t *testing.T) {
 			t.Fatal(err)
 		}
 		fmt.Fprintln(os.Stderr, "said", sc.Text())
+		fmt.Fprintln(os.Stdout, "line", sc.Text())
 	}
 	if os.Getenv(helperEnv) == "stay" {
 		select {} // until a signal ends it
@@ -50,6 +51,10 @@ func TestHost(t *testing.T) {
 	}
 	h.AwaitNotify(t, "^READY=1$")
 	h.AwaitStderr(t, "said READY=1;STATUS=2")
+	line := h.AwaitLine(t, "the second line", func(line string) bool { return strings.HasPrefix(line, "line READY=1") })
+	if line.Text != "line READY=1;STATUS=2 of 2" || line.At.IsZero() {
+		t.Errorf("AwaitLine = %+v, want the second line", line)
+	}
 	h.Mark()
 	h.Signal(t, syscall.SIGTERM)
 	if got := h.Wait(t); got != 128+int(syscall.SIGTERM) {
@@ -72,6 +77,13 @@ func TestHostEnds(t *testing.T) {
 	r := record(t, func(tb testing.TB) { h.AwaitNotify(tb, "READY=2") })
 	if !strings.Contains(r.failed, "it has ended") || !strings.Contains(r.failed, "said READY=1") {
 		t.Errorf("AwaitNotify of what does not come says %q", r.failed)
+	}
+	// The whole line is there, and not only its beginning.
+	h.AwaitLine(t, "the line", func(line string) bool { return line == "line READY=1" })
+	h.Mark()
+	r = record(t, func(tb testing.TB) { h.AwaitLine(tb, "the line", func(string) bool { return true }) })
+	if !strings.Contains(r.failed, "the line in the standard output") || !strings.Contains(r.failed, "it has ended") {
+		t.Errorf("AwaitLine of what does not come again says %q", r.failed)
 	}
 	if other := vmtest.StartHost(t, helper("end")); other.Stderr == h.Stderr {
 		t.Errorf("two programs have the file %s", h.Stderr)

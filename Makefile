@@ -93,7 +93,7 @@ fmt: go ## format the Go files
 
 .PHONY: bench
 bench: go ## run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./smbios ./vsockrpc ./credsocket ./internal/... ./cmd/guestagent ./tests/fleet
+	go test -run '^$$' -bench . -benchmem ./smbios ./vsockrpc ./credsocket ./consumer ./health ./internal/... ./cmd/guestagent ./tests/fleet
 
 .PHONY: fuzz
 fuzz: go ## run each fuzzer for FUZZTIME

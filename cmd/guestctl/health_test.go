@@ -178,6 +178,8 @@ func TestConditions(t *testing.T) {
 	s.Report.Waiting = []vsockrpc.Waiting{{Unit: "up.service", Name: "z"}, {Unit: "waits.service", Name: "z"}}
 	starting := stateWith("healthy", 1)
 	starting.Report.Systemd = &vsockrpc.SystemdState{State: "starting"}
+	busy := stateWith("degraded", 1)
+	busy.Report.Systemd, busy.Report.Unknown = nil, []string{"systemd"}
 	pulls := stateWith("healthy", 1)
 	pulls.Report.Provider = &vsockrpc.ProviderState{State: vsockrpc.ProviderUnreachable, Problem: "nobody \x1b listens"}
 	old := stateWith("", 1)
@@ -192,6 +194,7 @@ func TestConditions(t *testing.T) {
 	}{
 		{"ready", s, ""},
 		{"ready", starting, "its systemd is starting"},
+		{"ready", busy, "its systemd is too busy to say how it is"},
 		{"ready", pulls, `its provider has not handed over the credentials (unreachable): nobody \x1b listens`},
 		{"ready", old, "its agent gives no verdict that this guestctl knows"},
 		{"ready", lost, "no answer in time"},

@@ -143,6 +143,9 @@ func missingReady(s *host.State) string {
 		}
 		return fmt.Sprintf("its provider has not handed over the credentials (%s)", p.State)
 	}
+	if s.Report.Systemd == nil {
+		return "its systemd is too busy to say how it is"
+	}
 	return "its systemd is " + s.Report.Systemd.State
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/guestagent/guestagent/consumer"
 	"github.com/guestagent/guestagent/health"
+	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
 )
 
@@ -399,4 +400,20 @@ func TestReportsShared(t *testing.T) {
 		}
 		wg.Wait()
 	})
+}
+
+// What was refused is told once, by its refusal.
+func TestAskRefused(t *testing.T) {
+	r := Report{
+		Verdict:  vsockrpc.VerdictDegraded,
+		Refusals: []credential.Refusal{{Name: "a", Reason: credential.ReasonBadBase64, Detail: "why"}},
+		Reasons:  []Reason{{Code: health.Refused, Detail: "a was refused"}, {Code: health.DiskLow, Detail: "/ is full"}},
+	}
+	var b strings.Builder
+	if err := r.WriteText(&b, ""); err != nil {
+		t.Fatal(err)
+	}
+	if want := "refused a: badBase64: why\ndiskLow: / is full\nthe guest is degraded\n"; !strings.HasPrefix(b.String(), want) {
+		t.Errorf("the text is %q, want %q first", b.String(), want)
+	}
 }

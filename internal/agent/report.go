@@ -114,6 +114,9 @@ func (r *Report) WriteText(w io.Writer, warn string) error {
 		fmt.Fprintf(&b, "%srefused %s\n", warn, f)
 	}
 	for _, n := range r.Reasons {
+		if n.Code == health.Refused {
+			continue // told above
+		}
 		fmt.Fprintf(&b, "%s%s: %s", warn, n.Code, n.Detail)
 		if n.Hint != "" {
 			fmt.Fprintf(&b, " (next: %s)", n.Hint)

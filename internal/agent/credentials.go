@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/guestagent/guestagent/credsocket"
 	"github.com/guestagent/guestagent/credstore"
 	"github.com/guestagent/guestagent/internal/credential"
 	"github.com/guestagent/guestagent/vsockrpc"
@@ -206,18 +207,30 @@ func (c credentials) list(ctx context.Context, call *vsockrpc.Call) error {
 		if err := c.a.consumers(ctx, c.cfg, res.Entries); err != nil {
 			res.ConsumersProblem = err.Error()
 		}
-		res.Waiting = c.waiting()
+		res.Waiting = c.connected()
 	}
 	return call.Reply(&res)
 }
 
-// waiting are the units that wait on the credentials socket.
+// connected are the units that have asked for a credential, and have no answer.
+func (c credentials) connected() []vsockrpc.Waiting {
+	if c.hand == nil {
+		return nil
+	}
+	return wireWaiting(c.hand.server.Waiting())
+}
+
+// waiting are those of the connected that were found to have to wait.
 func (c credentials) waiting() []vsockrpc.Waiting {
 	if c.hand == nil {
 		return nil
 	}
+	return wireWaiting(c.hand.waiting())
+}
+
+func wireWaiting(requests []credsocket.Waiting) []vsockrpc.Waiting {
 	var list []vsockrpc.Waiting
-	for _, w := range c.hand.waiting() {
+	for _, w := range requests {
 		list = append(list, vsockrpc.Waiting{Unit: w.Unit, Name: w.Name, Since: w.Since.UTC().Format(time.RFC3339Nano)})
 	}
 	return list

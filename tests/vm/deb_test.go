@@ -230,7 +230,7 @@ func testDeb(t *testing.T, r vm.Release, dev, release debs) {
 		for line := range strings.Lines(string(vmtest.Exec(t, m, vm.Command{Argv: []string{
 			"systemd-analyze", "verify", "--man=no", "guestagent-provide@.service", "guestagent-ready@web.service", "guestagent-exporter.service", "guestagent-exporter.socket",
 		}}).Stderr)) {
-			if strings.Contains(line, "guestagent-") {
+			if strings.Contains(line, "guestagent-") && !strings.Contains(line, "guestagent-pull.service") { // it is loaded, too; RestartMode= is of 254
 				t.Errorf("systemd-analyze verify says: %s", line)
 			}
 		}

@@ -102,10 +102,13 @@ func (s status) refusals() []string {
 	return got
 }
 
+// codes are those of the reasons, but for what entries and refusals have already.
 func (s status) codes() []string {
 	var got []string
 	for _, r := range s.Reasons {
-		got = append(got, r.Code)
+		if !slices.Contains([]string{"refused", "shadowed", "foreign", "missing", "mismatch"}, r.Code) {
+			got = append(got, r.Code)
+		}
 	}
 	return got
 }

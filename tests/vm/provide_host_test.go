@@ -258,9 +258,9 @@ func testHostFirst(t *testing.T, h *providerHost) {
 	h.wantSet(t)
 	untilState(t, h.m, "active", pullService, credTarget)
 	untilHost(t, h.m, "web", vsockrpc.GuestInForce)
-	if got := show(t, h.m, providerOf("web"), "StatusText"); !strings.Contains(got, "web: the set is in force") {
-		t.Errorf("the unit's status = %q", got)
-	}
+	eventually(t, "the unit's status says so", func() bool {
+		return strings.Contains(show(t, h.m, providerOf("web"), "StatusText"), "web: the set is in force")
+	})
 	if g, _ := generationOf(t, h.m); g != 1 {
 		t.Errorf("the generation is %d, want 1", g)
 	}

@@ -295,10 +295,9 @@ func testProvided(t *testing.T, m *vm.Machine, first []byte) {
 	wantGiven(t, m, "waiting.service", "boot", third)
 
 	// What the provider says of its guest, and what it does not.
-	out := vmtest.Run(t, m, "systemctl", "show", "--value", "--property=StatusText", hostService)
-	if !strings.Contains(out, "the set is in force") {
-		t.Errorf("the provider's status = %q", out)
-	}
+	eventually(t, "the provider's status says so", func() bool {
+		return strings.Contains(show(t, m, hostService, "StatusText"), "the set is in force")
+	})
 }
 
 // BenchmarkBoot is how long PID 1 takes to boot a container: with a provider beside it that nobody asks, with one that hands

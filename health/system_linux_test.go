@@ -107,3 +107,21 @@ func TestWatchHere(t *testing.T) {
 	}
 	noneOpen(t)
 }
+
+// This machine has all of it.
+func TestCollectHere(t *testing.T) {
+	var c Collector
+	f := c.Collect()
+	for range 20 { // a machine under load may take its time
+		if len(f.Unknown) == 0 {
+			break
+		}
+		f = c.Collect()
+	}
+	if len(f.Unknown) != 0 || f.Hostname == "" || f.Uptime == 0 || f.Memory.Total < f.Memory.Available || f.Memory.Available == 0 {
+		t.Errorf("Collect() = %+v", f)
+	}
+	if len(f.Disks) == 0 || f.Disks[0].Path != "/" || f.Disks[0].Total < f.Disks[0].Used+f.Disks[0].Available {
+		t.Errorf("Collect() = %+v", f.Disks)
+	}
+}

@@ -18,8 +18,8 @@ import (
 const (
 	// reportPause is the least time from one report to the next of a watch.
 	reportPause = 500 * time.Millisecond
-	// lookEvery is when a watch looks at what nothing tells of: a folder of
-	// credentials that was made after it began, or a file that somebody wrote over.
+	// lookEvery is when a watch looks at what nothing tells of: a file of the store
+	// that somebody wrote over.
 	lookEvery = 15 * time.Second
 	// followPause is the time after which PID 1 is tried again.
 	followPause = time.Second

@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -90,9 +89,6 @@ func folders(t testing.TB) (dir, vms string) {
 // those that hang.
 func watch(t testing.TB, n int) *watched {
 	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("it looks into /proc")
-	}
 	w := &watched{t: t, providers: make([]*hosttest.Provider, n)}
 	dir, vms := folders(t)
 	for i := range n {
@@ -284,9 +280,6 @@ func TestExporter(t *testing.T) {
 // Guests that mean no good are shown as what they are, and cost the others and
 // the exporter little.
 func TestExporterHostile(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("it looks into /proc")
-	}
 	w := &watched{t: t}
 	dir, vms := folders(t)
 	kinds := []string{"flood", "escapes", "garbage", "error", "reports", "large", "silent", "hangup"}

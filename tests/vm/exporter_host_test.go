@@ -26,8 +26,8 @@ func TestExporterHost(t *testing.T) {
 		vm.File{Path: unitDir + exporterUnit, Source: "../../systemd/host/guestagent-exporter.service"},
 		vm.File{Path: unitDir + "guestagent-exporter.socket", Source: "../../systemd/host/guestagent-exporter.socket"},
 		vm.File{Path: "/etc/sysusers.d/guestagent.conf", Content: []byte("g guestagent -\n")},
-		vm.File{Path: "/etc/systemd/system/guestagent-provide@.service.d/report.conf", Content: []byte(lines("[Service]", "ExecStart=",
-			"ExecStart=/usr/bin/guestctl provide --vm %i --dir ${CREDENTIALS_DIRECTORY} --report-group guestagent"))},
+		vm.File{Path: "/etc/systemd/system/guestagent-provide@.service.d/report.conf", Content: []byte(lines("[Service]",
+			`Environment="PROVIDE_OPTIONS=--report-group guestagent"`))},
 	)
 	vmtest.Each(t, func(t *testing.T, release vm.Release) {
 		t.Parallel()

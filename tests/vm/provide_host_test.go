@@ -489,8 +489,7 @@ func testHostOthers(t *testing.T, h *providerHost) {
 
 func testHostTwo(t *testing.T, h *providerHost) {
 	h.other = h.secret(t, "other", "db")
-	dropIn(t, h.m, "other", "vm.conf", "LoadCredential=db:"+hostSecrets+"other-db", "ReadWritePaths="+vmFolders+"other",
-		"ExecStart=", "ExecStart=/usr/bin/guestctl provide --vm %i --dir ${CREDENTIALS_DIRECTORY} --report-group "+watchers)
+	dropIn(t, h.m, "other", "vm.conf", "LoadCredential=db:"+hostSecrets+"other-db", "ReadWritePaths="+vmFolders+"other", `Environment="PROVIDE_OPTIONS=--report-group `+watchers+`"`)
 	start(t, h.m, vmmOf("other"), providerOf("other"))
 	otherStore := otherRoot + "/run/credstore/"
 	untilHost(t, h.m, "other", vsockrpc.GuestInForce)

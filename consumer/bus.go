@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"sync"
@@ -176,8 +177,15 @@ type property struct{ iface, name string }
 // that this package asks for is in two interfaces.
 type values map[string]dbus.Variant
 
+// errMoved is matched by the error of get where a property that was asked for
+// twice was not the same both times.
+var errMoved = errors.New("it changed meanwhile")
+
 // get asks for properties of an object, all at once. What this systemd does not
 // know is missing in the result. An error that systemd answered is a dbus.Error.
+//
+// systemd answers in this order, and does other things in between: what is asked
+// for first and last, and is the same, was the same all the time.
 func (c *Conn) get(ctx context.Context, path dbus.ObjectPath, wanted ...property) (values, error) {
 	c.mu.Lock()
 	wanted = slices.DeleteFunc(slices.Clone(wanted), func(p property) bool { return c.unknown[p] })
@@ -196,6 +204,9 @@ func (c *Conn) get(ctx context.Context, path dbus.ObjectPath, wanted ...property
 		err := call.Store(&v)
 		switch {
 		case err == nil:
+			if before, ok := found[wanted[i].name]; ok && firstErr == nil && !reflect.DeepEqual(before.Value(), v.Value()) {
+				firstErr = fmt.Errorf("asking systemd for %s: %w", wanted[i].name, errMoved)
+			}
 			found[wanted[i].name] = v
 		case isAnswer(err, "org.freedesktop.DBus.Error.UnknownProperty"):
 			c.mu.Lock()

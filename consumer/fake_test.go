@@ -22,6 +22,7 @@ var testConfig = Config{Bus: "/nowhere", Store: "/run/credstore", Socket: "/run/
 type fakeManager struct {
 	mu     sync.Mutex
 	units  map[string]map[property]any // that of "" are the manager's
+	listed []systemd.UnitStatus        // what the units' states are that have none in units
 	call   func(member string, args []any) ([]any, error)
 	silent bool                          // reads, and answers nothing but the authentication
 	busy   chan struct{}                 // if not nil, it does nothing more until this is closed
@@ -184,6 +185,11 @@ func (m *fakeManager) look(path dbus.ObjectPath, p property) (unit string, v []a
 		m.asked = append(m.asked, unit+" "+p.iface+"."+p.name)
 		if v, ok := properties[p]; ok {
 			return unit, []any{dbus.MakeVariant(v)}, nil
+		}
+		for _, u := range m.listed {
+			if state, ok := map[property]string{{ifaceUnit, "ActiveState"}: u.ActiveState, {ifaceUnit, "SubState"}: u.SubState}[p]; ok && u.Name == unit {
+				return unit, []any{dbus.MakeVariant(state)}, nil
+			}
 		}
 		return unit, nil, busError("org.freedesktop.DBus.Error.UnknownProperty", "Unknown property "+p.name)
 	}

@@ -196,10 +196,31 @@ func (c *Conn) settings(ctx context.Context, unit string) (settings, error) {
 	return s, nil
 }
 
-// describe asks for the rest of a unit.
+// describeTries is how often a unit is asked for that is started anew meanwhile.
+const describeTries = 3
+
+// describe asks for the rest of a unit, and for its state anew: all of it is of
+// one run. Of one that was started since it was listed, or is right now, part
+// would be of the run before.
 func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load) (Unit, error) {
+	for range describeTries - 1 {
+		unit, err := c.describeOnce(ctx, u, loads, property{ifaceUnit, "InvocationID"})
+		if !errors.Is(err, errMoved) {
+			return unit, err
+		}
+	}
+	return c.describeOnce(ctx, u, loads)
+}
+
+// describeOnce is describe, once, and asks for something more in the end.
+func (c *Conn) describeOnce(ctx context.Context, u systemd.UnitStatus, loads []Load, last ...property) (Unit, error) {
 	wanted := []property{
-		{ifaceUnit, "InvocationID"}, {ifaceUnit, "CanReload"}, {ifaceUnit, "RefuseManualStop"}, {ifaceUnit, "InactiveExitTimestampMonotonic"},
+		{ifaceUnit, "InvocationID"},
+		{ifaceUnit, "ActiveState"},
+		{ifaceUnit, "SubState"},
+		{ifaceUnit, "CanReload"},
+		{ifaceUnit, "RefuseManualStop"},
+		{ifaceUnit, "InactiveExitTimestampMonotonic"},
 	}
 	isService := execInterface(u.Name) == ifaceService
 	if isService {
@@ -209,7 +230,7 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 			property{ifaceService, "RefreshOnReload"}, // from systemd 260
 		)
 	}
-	v, err := c.get(ctx, unitPath(u.Name), wanted...)
+	v, err := c.get(ctx, unitPath(u.Name), append(wanted, last...)...)
 	if err != nil {
 		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
 	}
@@ -220,8 +241,8 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 	unit := Unit{
 		Name:             u.Name,
 		LoadState:        u.LoadState,
-		ActiveState:      u.ActiveState,
-		SubState:         u.SubState,
+		ActiveState:      v.text("ActiveState"),
+		SubState:         v.text("SubState"),
 		Loads:            loads,
 		InvocationID:     v.id("InvocationID"),
 		Type:             v.text("Type"),
@@ -229,13 +250,13 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 		RefreshOnReload:  slices.Contains(refreshes, "credentials"),
 		RefuseManualStop: v.flag("RefuseManualStop"),
 	}
-	if u.ActiveState == "inactive" || u.ActiveState == "failed" {
+	if unit.ActiveState == "inactive" || unit.ActiveState == "failed" {
 		return unit, nil
 	}
 	unit.LoadedUSec = v.number("InactiveExitTimestampMonotonic")
 	if isService {
 		main := v.number("ExecMainStartTimestampMonotonic")
-		if u.ActiveState == "activating" {
+		if unit.ActiveState == "activating" {
 			// Until its main process is there, that is the time of the one before,
 			// and what is there is of this start.
 			main = max(main, unit.LoadedUSec)
@@ -245,11 +266,12 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 	if !unit.RefreshOnReload {
 		return unit, nil
 	}
-	v, err = c.get(ctx, unitPath(u.Name),
-		property{ifaceUnit, "StateChangeTimestampMonotonic"},
-		property{ifaceUnit, "ActiveEnterTimestampMonotonic"},
-		property{ifaceService, "ReloadResult"},
-	)
+	v, err = c.get(ctx, unitPath(u.Name), append([]property{
+		{ifaceUnit, "StateChangeTimestampMonotonic"}, {ifaceUnit, "ActiveEnterTimestampMonotonic"}, {ifaceService, "ReloadResult"},
+	}, last...)...)
+	if err == nil && len(last) > 0 && v.id("InvocationID") != unit.InvocationID {
+		err = errMoved
+	}
 	if err != nil {
 		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
 	}
@@ -257,7 +279,7 @@ func (c *Conn) describe(ctx context.Context, u systemd.UnitStatus, loads []Load)
 	// the end of its start, and it loaded something only if that reload
 	// succeeded: a failed one leaves the old credentials where they are.
 	changed := v.number("StateChangeTimestampMonotonic")
-	if u.ActiveState == "active" && changed > v.number("ActiveEnterTimestampMonotonic") && v.text("ReloadResult") == "success" {
+	if unit.ActiveState == "active" && changed > v.number("ActiveEnterTimestampMonotonic") && v.text("ReloadResult") == "success" {
 		unit.LoadedUSec = changed
 	}
 	return unit, nil

@@ -21,6 +21,7 @@ const ifaceMount = "org.freedesktop.systemd1.Mount"
 
 // lists answers what lists units.
 func (m *fakeManager) lists(units ...systemd.UnitStatus) {
+	m.listed = units
 	m.call = func(member string, args []any) ([]any, error) {
 		switch member {
 		case "ListUnitsByPatterns":
@@ -137,6 +138,41 @@ func TestFindWrong(t *testing.T) {
 	m.set(t, "a.service", false, map[property]any{{ifaceService, "LoadCredential"}: "a"})
 	if units, err := c.Find(t.Context(), []string{"a"}); err == nil {
 		t.Errorf("Find = %+v, want an error", units)
+	}
+}
+
+// TestFindRestarted has a service start anew while systemd is asked about it.
+func TestFindRestarted(t *testing.T) {
+	run := func(id byte, state string, usec uint64) map[property]any {
+		return map[property]any{
+			{ifaceUnit, "InvocationID"}: []byte{15: id}, {ifaceUnit, "ActiveState"}: state, {ifaceUnit, "SubState"}: state,
+			{ifaceService, "ExecMainStartTimestampMonotonic"}: usec,
+		}
+	}
+	for _, at := range []property{{ifaceUnit, "InvocationID"}, {ifaceUnit, "ActiveState"}, {ifaceService, "ExecMainStartTimestampMonotonic"}, {ifaceUnit, "StateChangeTimestampMonotonic"}} {
+		t.Run(at.name, func(t *testing.T) {
+			m, c := newFake(t)
+			m.lists(unitStatus("a.service", "loaded", "failed", "failed"))
+			m.set(t, "a.service", false, map[property]any{
+				{ifaceService, "LoadCredential"}: []loadCredential{{"x", "key"}}, {ifaceService, "RefreshOnReload"}: []string{"credentials"},
+			})
+			m.set(t, "a.service", false, run(1, "active", 3))
+			started := false
+			m.got = func(_ string, p property) {
+				if p == at && !started {
+					started = true
+					m.set(t, "a.service", false, run(2, "active", 5))
+				}
+			}
+			units, err := c.Find(t.Context(), []string{"key"})
+			if err != nil || len(units) != 1 {
+				t.Fatalf("Find = %+v, %v, want one", units, err)
+			}
+			u := units[0]
+			if u.ActiveState != "active" || u.InvocationID[31] != '2' || u.LoadedUSec != 5 {
+				t.Errorf("Find = %+v, want the second run alone", u)
+			}
+		})
 	}
 }
 

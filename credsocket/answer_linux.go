@@ -144,15 +144,15 @@ func (l *loop) writeSome(fd int, a *answer) (int, error) {
 }
 
 // finish ends a connection that has everything. The store has a copy, so that
-// it takes a shutdown to end it for the peer.
+// it takes a shutdown to end it for the peer. Given comes before that: the unit
+// may run before this process does again, and somebody ask what it has.
 func (l *loop) finish(c *conn) {
-	a := c.answer
+	if given := c.answer.given; given != nil {
+		l.at("given")
+		l.log.Debug("a unit has its credential", c.attrs()...)
+		given()
+	}
 	l.at("shutdown")
 	_ = unix.Shutdown(c.fd, unix.SHUT_WR) // of a Unix socket it cannot fail
 	l.remove(c)
-	if a.given != nil {
-		l.at("given")
-		l.log.Debug("a unit has its credential", c.attrs()...)
-		a.given()
-	}
 }

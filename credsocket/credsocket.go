@@ -60,8 +60,10 @@ type Decision struct {
 	// turns out to be shorter fails the unit.
 	Size int64
 	// Given, where it is not nil, is called once the kernel has the whole
-	// value, for the record. A process that is killed right before does not
-	// call it. It runs on the server's one loop and must not block for long.
+	// value, for the record, and before the unit knows that this is all. A
+	// process that is killed right before does not call it, and one that is
+	// killed right after fails the unit. It runs on the server's one loop and
+	// must not block for long.
 	Given func()
 	// Refuse fails the unit, with or without a Value. It is logged, and so
 	// must not carry a secret.

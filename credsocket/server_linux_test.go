@@ -738,7 +738,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	values, failed := 0, 0
 	// What is a step depends on timing, so that one pass may miss a kind.
 	missed := func() (kinds []string) {
-		for _, step := range []string{"accept", "kept", "mark", "write", "shutdown", "drop", "close", "given", "poll"} {
+		for _, step := range []string{"accept", "kept", "mark", "write", "given", "shutdown", "drop", "close", "poll"} {
 			if steps[step] == 0 {
 				kinds = append(kinds, step)
 			}

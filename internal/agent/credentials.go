@@ -68,7 +68,9 @@ func (c credentials) apply(ctx context.Context, call *vsockrpc.Call) error {
 	for _, cred := range p.Set {
 		size += cred.Value.Len()
 	}
-	defer c.giveBack(size)
+	if size >= largeSet {
+		defer c.giveBack()
+	}
 	set := credstore.Set{Source: source(call.Peer), Remove: p.Remove, Forget: p.Forget, Ephemeral: p.Ephemeral}
 	if p.Source == credential.SourceProvider {
 		set.Source = p.Source
@@ -144,14 +146,16 @@ func applyReply(res credstore.Result, units []vsockrpc.Refreshed, p *vsockrpc.Pr
 const (
 	// largeSet is how many bytes make a set a large one.
 	largeSet = 64 << 10
-	// giveBackAfter is when what a large set needed is no longer in use.
+	// giveBackAfter is when what a large set needed, or a report, is no longer in
+	// use.
 	giveBackAfter = time.Second
 )
 
-// giveBack returns the memory that a large set needed, once its message is
-// forgotten. An agent that is not called again would keep it until it ends.
-func (c credentials) giveBack(size int) {
-	if size >= largeSet && c.giving.CompareAndSwap(false, true) {
+// giveBack returns the memory that something needed which does not happen all the
+// time, once that is forgotten. An agent that is not called again would keep it
+// until it ends.
+func (c credentials) giveBack() {
+	if c.giving.CompareAndSwap(false, true) {
 		time.AfterFunc(giveBackAfter, func() {
 			c.giving.Store(false)
 			debug.FreeOSMemory()

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -376,7 +377,7 @@ func TestReportsShared(t *testing.T) {
 			<-ctx.Done() // it answers nobody
 			return dial(ctx)
 		}
-		c := credentials{a: g.a, changes: &changes{}}
+		c := credentials{a: g.a, giving: new(atomic.Bool), changes: &changes{}}
 		o := &observer{c: c, collecting: make(chan struct{}, 1), parts: &reportParts{c: c, collector: &health.Collector{Root: g.root}}}
 		var wg sync.WaitGroup
 		begin := time.Now()

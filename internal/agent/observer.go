@@ -74,6 +74,9 @@ func (o *observer) report(ctx context.Context) (*vsockrpc.Report, error) {
 	if err != nil {
 		return nil, err
 	}
+	if made == nil || !sameNews(r, made) {
+		o.c.giveBack()
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.made, o.begun = r, begun

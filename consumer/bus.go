@@ -232,6 +232,15 @@ func (v values) text(name string) string {
 	return s
 }
 
+// length returns how many elements a list has, 0 if it is missing.
+func (v values) length(name string) int {
+	list := reflect.ValueOf(v[name].Value())
+	if list.Kind() != reflect.Slice {
+		return 0
+	}
+	return list.Len()
+}
+
 // flag returns a boolean property, false if it is missing.
 func (v values) flag(name string) bool {
 	b, _ := v[name].Value().(bool)

@@ -64,6 +64,7 @@ type Unit struct {
 	Type             string // of a service: simple, oneshot, ...; "" for others
 	CanReload        bool
 	RefreshOnReload  bool // a reload loads the credentials anew (RefreshOnReload=credentials, systemd 260)
+	ReloadTells      bool // and its process is told: Type=notify-reload, or ExecReload=
 	RefuseManualStop bool // systemd restarts it only as a dependency
 }
 

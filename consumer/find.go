@@ -268,6 +268,7 @@ func (c *Conn) describeOnce(ctx context.Context, u systemd.UnitStatus, loads []L
 	}
 	v, err = c.get(ctx, unitPath(u.Name), append([]property{
 		{ifaceUnit, "StateChangeTimestampMonotonic"}, {ifaceUnit, "ActiveEnterTimestampMonotonic"}, {ifaceService, "ReloadResult"},
+		{ifaceService, "ExecReload"},
 	}, last...)...)
 	if err == nil && len(last) > 0 && v.id("InvocationID") != unit.InvocationID {
 		err = errMoved
@@ -275,6 +276,7 @@ func (c *Conn) describeOnce(ctx context.Context, u systemd.UnitStatus, loads []L
 	if err != nil {
 		return Unit{}, fmt.Errorf("reading the state of %q: %w", u.Name, err)
 	}
+	unit.ReloadTells = unit.Type == "notify-reload" || v.length("ExecReload") > 0
 	// The last change of its state is the end of a reload only if it came after
 	// the end of its start, and it loaded something only if that reload
 	// succeeded: a failed one leaves the old credentials where they are.

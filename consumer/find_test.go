@@ -216,6 +216,32 @@ func TestLoadedUSec(t *testing.T) {
 	}
 }
 
+// TestReloadTells has services whose credentials a reload refreshes, and that hear of it or do not.
+func TestReloadTells(t *testing.T) {
+	type command struct {
+		Path string
+		Argv []string
+	}
+	for _, tt := range []struct {
+		kind   string
+		reload []command
+		want   bool
+	}{
+		{"exec", []command{}, false},
+		{"exec", []command{{"/bin/kill", []string{"kill", "-HUP"}}}, true},
+		{"notify-reload", []command{}, true},
+	} {
+		m, c := newFake(t)
+		m.lists(unitStatus("a.service", "loaded", "active", "running"))
+		m.set(t, "a.service", false, map[property]any{
+			{ifaceService, "RefreshOnReload"}: []string{"credentials"}, {ifaceService, "Type"}: tt.kind, {ifaceService, "ExecReload"}: tt.reload,
+		})
+		if u, err := c.Unit(t.Context(), "a.service", nil); err != nil || u.ReloadTells != tt.want {
+			t.Errorf("%s with %d commands: Unit = %+v, %v, want ReloadTells %v", tt.kind, len(tt.reload), u, err, tt.want)
+		}
+	}
+}
+
 func TestStarting(t *testing.T) {
 	m, c := newFake(t)
 	u := unitStatus("a.service", "loaded", "activating", "start")

@@ -616,8 +616,8 @@ func TestLiveRefreshOnReload(t *testing.T) {
 	systemctl(t, "start", name)
 	get := func() (u Unit, value string) {
 		u, err := c.Unit(ctx, name, []string{"gatest-a"})
-		if err != nil || !u.RefreshOnReload || !u.CanReload || u.ActiveState != "active" {
-			t.Fatalf("Unit = %+v, %v, want it active, with RefreshOnReload", u, err)
+		if err != nil || !u.RefreshOnReload || !u.ReloadTells || !u.CanReload || u.ActiveState != "active" {
+			t.Fatalf("Unit = %+v, %v, want it active, with RefreshOnReload and ReloadTells", u, err)
 		}
 		b, err := os.ReadFile("/run/credentials/" + name + "/x")
 		if err != nil {

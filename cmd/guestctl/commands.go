@@ -168,7 +168,8 @@ standard input. A value is never an argument: every user could read it there.
 The units that load a credential run on with the value that they have, unless
 --refresh or the guest's configuration says otherwise. With --refresh auto they
 are reloaded where systemd then loads credentials anew (RefreshOnReload=credentials,
-systemd 260), else restarted; units that do not run are left alone.
+systemd 260) and the process is told, else restarted; units that do not run are left
+alone.
 
 With --gate the units are watched for that long. If one fails, restarts by itself
 or does not come up, the values before are put in force again, the units are

@@ -399,11 +399,12 @@ func (r refresh) action(u consumer.Unit, mode, own string) (consumer.Action, str
 		return "", "refresh.never in the guest's configuration has it"
 	}
 	// A file of the environment is read when a process starts, and never again.
+	// And a process that nobody tells of a reload goes on with what it has read.
 	environment := slices.ContainsFunc(u.Loads, func(l consumer.Load) bool { return l.Way == consumer.WayEnvironment })
 	switch {
 	case mode == vsockrpc.RefreshReload && !u.CanReload:
 		return "", whyReload
-	case mode == vsockrpc.RefreshReload, mode == vsockrpc.RefreshAuto && u.CanReload && u.RefreshOnReload && !environment:
+	case mode == vsockrpc.RefreshReload, mode == vsockrpc.RefreshAuto && u.CanReload && u.RefreshOnReload && u.ReloadTells && !environment:
 		return consumer.ActionReload, ""
 	case u.RefuseManualStop:
 		return "", "it has RefuseManualStop="

@@ -286,7 +286,7 @@ func apply(set ...vsockrpc.Credential) *vsockrpc.ApplyParams { return &vsockrpc.
 
 func TestRefreshPlan(t *testing.T) {
 	reloads := func(u *fakeUnit) { u.CanReload = true }
-	refreshes := func(u *fakeUnit) { u.CanReload, u.RefreshOnReload = true, true }
+	refreshes := func(u *fakeUnit) { u.CanReload, u.RefreshOnReload, u.ReloadTells = true, true, true }
 	environment := func(u *fakeUnit) {
 		u.Loads = append(u.Loads, consumer.Load{Name: "a", Way: consumer.WayEnvironment})
 	}
@@ -302,6 +302,7 @@ func TestRefreshPlan(t *testing.T) {
 		{"plain", service("web.service", "a"), map[string]string{"auto": "tryRestart", "reload": whyReload, "restart": "tryRestart"}},
 		{"can reload", service("web.service", "a").with(reloads), map[string]string{"auto": "tryRestart", "reload": "reload", "restart": "tryRestart"}},
 		{"refreshes", service("web.service", "a").with(refreshes), map[string]string{"auto": "reload", "reload": "reload", "restart": "tryRestart"}},
+		{"refreshes, and nobody tells it", service("web.service", "a").with(func(u *fakeUnit) { u.CanReload, u.RefreshOnReload = true, true }), map[string]string{"auto": "tryRestart", "reload": "reload"}},
 		{"environment", service("web.service", "a").with(refreshes).with(environment), map[string]string{"auto": "tryRestart", "reload": "reload"}},
 		{"inactive", service("web.service", "a").with(state("loaded", "inactive")), map[string]string{"auto": whyInactive, "restart": whyInactive}},
 		{"failed", service("web.service", "a").with(state("loaded", "failed")), map[string]string{"auto": whyInactive}},

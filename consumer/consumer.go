@@ -60,6 +60,9 @@ type Unit struct {
 	// had its credentials; it may have loaded them later. It is 0 where
 	// nothing is active, and where systemd does not say.
 	LoadedUSec uint64
+	// StartedUSec is as LoadedUSec, but of a start alone: what comes by
+	// EnvironmentFile= is not read again.
+	StartedUSec uint64
 
 	Type             string // of a service: simple, oneshot, ...; "" for others
 	CanReload        bool

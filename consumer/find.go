@@ -263,11 +263,14 @@ func (c *Conn) describeOnce(ctx context.Context, u systemd.UnitStatus, loads []L
 		}
 		unit.LoadedUSec = main
 	}
+	unit.StartedUSec = unit.LoadedUSec
 	if !unit.RefreshOnReload {
 		return unit, nil
 	}
 	v, err = c.get(ctx, unitPath(u.Name), append([]property{
-		{ifaceUnit, "StateChangeTimestampMonotonic"}, {ifaceUnit, "ActiveEnterTimestampMonotonic"}, {ifaceService, "ReloadResult"},
+		{ifaceUnit, "StateChangeTimestampMonotonic"},
+		{ifaceUnit, "ActiveEnterTimestampMonotonic"},
+		{ifaceService, "ReloadResult"},
 		{ifaceService, "ExecReload"},
 	}, last...)...)
 	if err == nil && len(last) > 0 && v.id("InvocationID") != unit.InvocationID {

@@ -86,8 +86,8 @@ func TestFindOld(t *testing.T) {
 		InvocationID: "ab000000000000000000000000000001", Type: "notify", CanReload: true, RefuseManualStop: true,
 	}
 	b := a
-	b.Name, b.ActiveState, b.SubState, b.LoadedUSec = "b.service", "active", "running", 7
-	x := Unit{Name: "x.mount", LoadState: "loaded", ActiveState: "active", SubState: "mounted", Loads: []Load{{"key", "key", WayFile}}, LoadedUSec: 8, CanReload: true}
+	b.Name, b.ActiveState, b.SubState, b.LoadedUSec, b.StartedUSec = "b.service", "active", "running", 7, 7
+	x := Unit{Name: "x.mount", LoadState: "loaded", ActiveState: "active", SubState: "mounted", Loads: []Load{{"key", "key", WayFile}}, LoadedUSec: 8, StartedUSec: 8, CanReload: true}
 	want := []Unit{a, b, x}
 	for range 2 {
 		units, err := c.Find(t.Context(), []string{"key", "other"})
@@ -209,6 +209,10 @@ func TestLoadedUSec(t *testing.T) {
 				{ifaceService, "ReloadResult"}:                    tt.reloadResult,
 			})
 			u, err := c.Unit(t.Context(), "a.service", nil)
+			// Whatever was reloaded since.
+			if started := min(tt.want, max(tt.exit, tt.mainStart)); u.StartedUSec != started {
+				t.Errorf("Unit = %+v, want it started at %d", u, started)
+			}
 			if err != nil || u.LoadedUSec != tt.want || u.RefreshOnReload != slices.Contains(tt.refresh, "credentials") {
 				t.Errorf("Unit = %+v, %v, want it loaded at %d", u, err, tt.want)
 			}

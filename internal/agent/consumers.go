@@ -104,15 +104,23 @@ func (v *view) loaded(u consumer.Unit, l consumer.Load) (loaded, revision string
 		switch at := v.changedAt(l.Name); {
 		case !there:
 			loaded = vsockrpc.LoadedUnknown
-		case u.LoadedUSec >= at:
+		case loadedUSec(u, l) >= at:
 			loaded = vsockrpc.LoadedInForce
-		case kept && u.LoadedUSec >= previous.InstalledUSec:
+		case kept && loadedUSec(u, l) >= previous.InstalledUSec:
 			loaded = vsockrpc.LoadedPrevious
 		default:
 			loaded = vsockrpc.LoadedUnknown
 		}
 	}
 	return loaded, v.revision(loaded, l.Name)
+}
+
+// loadedUSec is when the unit loaded that, on CLOCK_MONOTONIC in microseconds.
+func loadedUSec(u consumer.Unit, l consumer.Load) uint64 {
+	if l.Way == consumer.WayEnvironment {
+		return u.StartedUSec
+	}
+	return u.LoadedUSec
 }
 
 // missing reports whether whoever loads the name over the socket waits for it.
@@ -152,7 +160,7 @@ func (v *view) staleLoad(u consumer.Unit, l consumer.Load) bool {
 	e, there := v.entries[l.Name]
 	if !there {
 		at, gone := v.removedAt[l.Name]
-		return gone && (l.Way == consumer.WaySocket || u.LoadedUSec < at)
+		return gone && (l.Way == consumer.WaySocket || loadedUSec(u, l) < at)
 	}
 	if e.State == credstore.StateShadowed && (l.Way == consumer.WayFile || l.Way == consumer.WayImport) {
 		return false

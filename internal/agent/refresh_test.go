@@ -892,6 +892,9 @@ func TestLoadedAndStale(t *testing.T) {
 		{"x.service", "active", 499, consumer.Load{Name: "a", As: "b", Way: consumer.WayPath}, "previous", "r1", true},
 		{"x.service", "active", 299, consumer.Load{Name: "a", As: "a", Way: consumer.WayImport}, "unknown", "", true},
 		{"x.service", "active", 499, consumer.Load{Name: "a", Way: consumer.WayEnvironment}, "previous", "r1", true},
+		// A reload does not read the environment again, whenever it was.
+		{"reloaded.service", "active", 900, consumer.Load{Name: "a", Way: consumer.WayEnvironment}, "previous", "r1", true},
+		{"reloaded.service", "active", 900, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "inForce", "r2", false},
 		{"x.service", "inactive", 0, consumer.Load{Name: "a", As: "a", Way: consumer.WayFile}, "none", "", false},
 		{"x.service", "failed", 0, consumer.Load{Name: "a", As: "a", Way: consumer.WaySocket}, "none", "", false},
 		// Where systemd finds another file, no refresh helps; by its path it is found.
@@ -915,7 +918,10 @@ func TestLoadedAndStale(t *testing.T) {
 		{"x.service", "active", 600, consumer.Load{Name: "gone", As: "gone", Way: consumer.WayFile}, "unknown", "", false},
 		{"x.service", "active", 400, consumer.Load{Name: "never", As: "never", Way: consumer.WayFile}, "unknown", "", false},
 	} {
-		u := consumer.Unit{Name: tt.unit, ActiveState: tt.active, LoadedUSec: tt.usec, InvocationID: "1", Loads: []consumer.Load{tt.load}}
+		u := consumer.Unit{Name: tt.unit, ActiveState: tt.active, LoadedUSec: tt.usec, StartedUSec: tt.usec, InvocationID: "1", Loads: []consumer.Load{tt.load}}
+		if tt.unit == "reloaded.service" {
+			u.StartedUSec = 499
+		}
 		loaded, revision := v.loaded(u, tt.load)
 		if loaded != tt.loaded || revision != tt.revision || v.staleLoad(u, tt.load) != tt.stale {
 			t.Errorf("%s, %s, at %d, %+v: %s %q, stale %v, want %s %q, %v", tt.unit, tt.active, tt.usec, tt.load, loaded, revision, v.staleLoad(u, tt.load), tt.loaded, tt.revision, tt.stale)

@@ -28,7 +28,7 @@ const (
 	defaultMemory  = 2048
 	defaultCPUs    = 2
 	defaultTimeout = 10 * time.Minute
-	consoleLines   = 60
+	consoleLines   = 120
 	readyPoll      = 200 * time.Millisecond
 	initrdAlign    = 512
 	maxSocketPath  = 100

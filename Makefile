@@ -1,6 +1,6 @@
 # guestagent. `make help` lists what there is.
 
-SHELL := /bin/bash
+SHELL := bash
 .DELETE_ON_ERROR:
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -77,6 +77,12 @@ test: go ## run every test, those in VMs and containers too
 	VM='$(VM)' GUESTAGENT_VM_ARTIFACTS='$(CURDIR)/tests/vm/artifacts' go test -count=1 -timeout 60m -v ./tests/vm
 	@cat tests/vm/artifacts/LEFT-OUT 2>/dev/null || true
 
+.PHONY: vendor-hash
+vendor-hash: go ## write the hash of the Nix packages' dependencies anew, after a change of go.mod
+	@tools/deps nix
+	@hash=$$(tests/nix/vendor-hash) && sed -i "s|^  vendorHash = \".*\";\$$|  vendorHash = \"$$hash\";|" nixos/program.nix
+	@grep -n 'vendorHash = ' nixos/program.nix
+
 .PHONY: lint
 lint: go ## run the linters
 	@tools/deps lint
@@ -85,7 +91,7 @@ lint: go ## run the linters
 	go mod verify
 	go mod tidy -diff
 	go fix -diff ./...
-	shellcheck .ci/run tools/check-go tools/deb tools/deps tests/nix/check tests/nix/eval tests/nix/vendor-hash tests/vm/trim.sh
+	shellcheck .ci/run tools/check-go tools/deb tools/deps tests/nix/check tests/nix/eval tests/nix/reference tests/nix/render tests/nix/vendor-hash tests/vm/trim.sh
 
 .PHONY: fmt
 fmt: go ## format the Go files

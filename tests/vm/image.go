@@ -315,7 +315,7 @@ func removeOld(cache, prefix, keep string) error {
 func needTools(names ...string) error {
 	pkg := map[string]string{
 		"debootstrap": "debootstrap", "zstd": "zstd", qemuProgram: "qemu-system-x86", "gpgv": "gpgv", "dpkg-deb": "dpkg",
-		nspawnProgram: "systemd-container", "cpio": "cpio",
+		nspawnProgram: "systemd-container", "cpio": "cpio", "nix-instantiate": "nix-bin",
 	}
 	var missing, install []string
 	for _, n := range names {

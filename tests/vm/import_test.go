@@ -53,14 +53,10 @@ func somebody(before, after string) []vm.File {
 	}, "\n"))
 }
 
-// install is guestagent as `make install` has it.
-func install(t *testing.T) []vm.File {
+// install is guestagent as a NixOS guest has it whose configuration says nothing but that it is there.
+func install(t testing.TB) []vm.File {
 	t.Helper()
-	files, err := vm.Installed(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return files
+	return rendered(t, "testdata/nixos/guest.nix")
 }
 
 type status struct {

@@ -129,9 +129,7 @@ func TestProvide(t *testing.T) {
 		})
 		t.Run("held", func(t *testing.T) {
 			value := newValue()
-			m := boot(t, release, value, asks, vm.File{
-				Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf",
-			})
+			m := boot(t, release, value, asks, nixosDropIn(t, credTarget, "hold-boot.conf"))
 			untilState(t, m, "active", "sysinit.target", "sockets.target")
 			wantActive(t, m, "basic.target", "inactive")
 			hostStart(t, m)
@@ -310,7 +308,7 @@ func BenchmarkBoot(b *testing.B) {
 	}, vm.File{Path: hostFolder + "boot", Mode: 0o600, Content: newValue()})
 	files = append(files, consumersOfBoot("boot")...)
 	pulls := vm.File{Path: agentConfig, Content: []byte(asks)}
-	holds := vm.File{Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf"}
+	holds := nixosDropIn(b, credTarget, "hold-boot.conf")
 	// Nobody hands over what a service waits for.
 	silent := vm.File{Path: "/etc/systemd/system/waiting.service", Symlink: "/dev/null"}
 	for _, bb := range []struct {

@@ -120,9 +120,7 @@ func TestProvideVM(t *testing.T) {
 		case release.Systemd >= 260:
 			cfg.CommandLine = []string{"guestagent.provider=vsock:2:1021"}
 			cfg.OEMStrings = vm.OEM("io.systemd.credential:vmm.notify_socket=vsock-stream:2:1019")
-			cfg.Overlay = append(cfg.Overlay, vm.File{
-				Path: "/etc/systemd/system/" + credTarget + ".d/hold-boot.conf", Symlink: "/usr/share/guestagent/hold-boot.conf",
-			})
+			cfg.Overlay = append(cfg.Overlay, nixosDropIn(t, credTarget, "hold-boot.conf"))
 			all = []string{"ordered.service", "plain.service", "waiting.service"}
 		case release.Systemd >= 255:
 			// With one credential that comes the other way, in files that guestctl made for QEMU.

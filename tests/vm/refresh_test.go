@@ -586,11 +586,11 @@ func testCompare(t *testing.T, m *vm.Machine, _ vm.Release) {
 	}
 	wantLoaded(t, m, "cmp-late.service", "cmp", vsockrpc.LoadedPrevious, true)
 
-	vmtest.Run(t, m, "mkdir", "-p", "/etc/systemd/system/guestagent.service.d")
-	vmtest.Run(t, m, "ln", "-s", "/usr/share/guestagent/compare.conf", "/etc/systemd/system/guestagent.service.d/")
+	compare := nixosDropIn(t, agentService, "compare.conf")
+	vmtest.WriteFile(t, m, compare.Path, compare.Mode, compare.Content)
 	atEnd(t, m, "systemctl", "restart", agentService)
 	atEnd(t, m, "systemctl", "daemon-reload")
-	atEnd(t, m, "rm", "-rf", "/etc/systemd/system/guestagent.service.d")
+	atEnd(t, m, "rm", compare.Path)
 	vmtest.Run(t, m, "systemctl", "daemon-reload")
 	configure(t, m, `{"consumers": {"compare": true}}`)
 	for _, u := range []string{"cmp.service", "cmp-user.service"} {

@@ -7,10 +7,12 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -33,15 +35,61 @@ const (
 	pollEvery = 20 * time.Millisecond
 )
 
-// agentFiles is what a machine of these tests has besides its image: the agent as `make install` has it, and guestctl.
-func agentFiles(t testing.TB) []vm.File {
+// A renderer keeps what it has rendered, by the NixOS configuration's file.
+type renderer struct {
+	mu    sync.Mutex
+	files map[string][]vm.File
+}
+
+var nixos = renderer{files: map[string][]vm.File{}}
+
+// rendered is what a NixOS configuration comes to in a guest, as [vm.Rendered] has it.
+func rendered(t testing.TB, config string) []vm.File {
 	t.Helper()
-	ctl := vmtest.Binary(t, "github.com/guestagent/guestagent/cmd/guestctl")
-	files, err := vm.Installed(t.Context(), t.TempDir())
+	nixos.mu.Lock()
+	defer nixos.mu.Unlock()
+	if files, ok := nixos.files[config]; ok {
+		return slices.Clone(files)
+	}
+	files, err := vm.Rendered(t.Context(), config, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return append(files, vm.File{Path: "/usr/bin/guestctl", Mode: 0o755, Source: ctl})
+	for i, f := range files {
+		if f.Source == "" {
+			continue
+		}
+		content, err := os.ReadFile(f.Source) // which goes with this test
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[i].Content, files[i].Source = content, ""
+	}
+	nixos.files[config] = files
+	return slices.Clone(files)
+}
+
+// nixosDropIn is a drop-in that NixOS adds to one of the agent's units where it is asked to.
+func nixosDropIn(t testing.TB, unit, name string) vm.File {
+	t.Helper()
+	files := rendered(t, "testdata/nixos/guest-drop-ins.nix")
+	i := slices.IndexFunc(files, func(f vm.File) bool { return f.Path == "/etc/systemd/system/"+unit+".d/"+name })
+	if i < 0 {
+		t.Fatalf("NixOS adds no %s to %s", name, unit)
+	}
+	return files[i]
+}
+
+// withGuestctl adds guestctl to a machine's files.
+func withGuestctl(t testing.TB, files []vm.File) []vm.File {
+	t.Helper()
+	return append(files, vm.File{Path: "/usr/bin/guestctl", Mode: 0o755, Source: vmtest.Binary(t, "github.com/guestagent/guestagent/cmd/guestctl")})
+}
+
+// agentFiles is what a machine of these tests has besides its image: the agent, and guestctl.
+func agentFiles(t testing.TB) []vm.File {
+	t.Helper()
+	return withGuestctl(t, install(t))
 }
 
 // eachContainer runs f in a container of each release that VM asks for, one after another.
@@ -317,7 +365,8 @@ func removeCreds(t testing.TB, m *vm.Machine, names ...string) {
 func configure(t testing.TB, m *vm.Machine, config string) {
 	t.Helper()
 	atEnd(t, m, "systemctl", "restart", agentService)
-	atEnd(t, m, "rm", "-f", agentConfig)
+	atEnd(t, m, "mv", agentConfig+".before", agentConfig)
+	vmtest.Run(t, m, "cp", agentConfig, agentConfig+".before")
 	vmtest.WriteFile(t, m, agentConfig, 0o644, []byte(config))
 	vmtest.Run(t, m, "systemctl", "restart", agentService)
 }

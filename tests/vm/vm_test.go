@@ -125,6 +125,14 @@ func TestBuildNeedsRoot(t *testing.T) {
 	}
 }
 
+func TestRenderedNeedsNix(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	_, err := Rendered(t.Context(), "testdata/nixos/guest.nix", t.TempDir())
+	if !errors.Is(err, ErrMissingTool) || !strings.Contains(err.Error(), "nix-bin") {
+		t.Errorf("Rendered without Nix = %v, want %v naming the package", err, ErrMissingTool)
+	}
+}
+
 func TestCheckContainers(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	want := ErrNeedsRoot

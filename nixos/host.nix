@@ -118,7 +118,8 @@ let
           defaultText = lib.literalMD "the guest's `microvm.vsock.cid` where microvm.nix runs the VM and `socket` is not set";
           description = ''
             The VM's CID, where the VMM has vsock as AF_VSOCK (alioth, crosvm, kvmtool, QEMU); from 3 on, and no other
-            VM's.
+            VM's. Whoever may open `/dev/vhost-vsock` can take it while the VM is off, and would be given its credentials:
+            only root and the group kvm may then.
           '';
         };
         socket = lib.mkOption {
@@ -136,13 +137,14 @@ let
           '';
         };
         unit = lib.mkOption {
-          type = types.nullOr (types.strMatching "[a-zA-Z0-9@%:_.\\-]+[.]service");
+          type = types.nullOr (types.strMatching "[a-zA-Z0-9@:_.\\-]+[.]service");
           default = if guest == null then null else "microvm@${name}.service";
           defaultText = lib.literalMD "`\"microvm@NAME.service\"` where microvm.nix runs the VM, else `null`";
           example = "web-vm.service";
           description = ''
             The service that runs the VM. The provider is started with it, restarted with it, and stopped after it. With
-            `null` the provider is started with the host.
+            `null` the provider is started with the host. Where the VM runs already when it is first named here, and the
+            host does not start it by itself, `systemctl start guestagent-provide@NAME` does so that once.
           '';
         };
         port = lib.mkOption {
@@ -197,7 +199,7 @@ let
           '';
         };
         gate = lib.mkOption {
-          type = types.nullOr (types.strMatching "([0-9]+(s|m|h))+");
+          type = types.nullOr (types.strMatching "[1-9][0-9]{0,3}[smh]");
           default = null;
           example = "30s";
           description = ''
@@ -220,7 +222,8 @@ let
             default = false;
             description = ''
               Whether the VM also boots with the required credentials as OEM strings, for services that start before the
-              provider is asked. The VMM's user can read them then, and they may take 56 KiB together.
+              provider is asked. They may take 56 KiB together. The VMM's user can read them then, and so can the VMMs of
+              all other VMs that have that user, as with microvm.nix.
             '';
           };
         };
@@ -386,7 +389,7 @@ let
       hasCredentials = vm.credentials != { };
       plain = plainOf vm;
       # Sources that sops-nix and agenix make, at a switch. They change where a link above the file leads, which systemd does
-      # not see.
+      # not see unless what it led to is removed.
       madeOf =
         secrets:
         lib.filter (secret: lib.any (c: c.source == secret.path) plain) (lib.attrValues secrets);
@@ -417,7 +420,9 @@ let
           after =
             lib.optional isMicrovm "install-microvm-${name}.service"
             ++ lib.optional (bySops != [ ] || plain != credentialsOf vm) "sops-install-secrets.service"
-            ++ lib.optional (byAgenix != [ ]) "agenix-install-secrets.service";
+            ++ lib.optional (byAgenix != [ ]) "agenix-install-secrets.service"
+            # A reload waits until that has ended, when systemd watches again: a second change meanwhile would be lost.
+            ++ lib.optional (plain != [ ]) "${sources name}.service";
           restartTriggers = [
             (registration vm)
           ]
@@ -473,6 +478,13 @@ let
         ${sources name} = {
           description = "Watch the Credentials of the VM ${name}";
           wantedBy = [ "paths.target" ];
+          # By default it would come before paths.target, and so before the network, and it comes after the file systems
+          # that the sources are on, which may come after the network.
+          unitConfig.DefaultDependencies = false;
+          requires = [ "sysinit.target" ];
+          after = [ "sysinit.target" ];
+          conflicts = [ "shutdown.target" ];
+          before = [ "shutdown.target" ];
           pathConfig.PathChanged = lib.unique (map (c: specifiers c.source) plain);
         };
       };
@@ -597,6 +609,14 @@ let
         assertion = twice == [ ];
         message = "${option}.credentials: two of them are ${lib.head twice} in the guest. Give one of them another destination";
       }
+      {
+        assertion = vm.gate == null || secondsOf vm.gate <= 3600;
+        message = "${option}.gate: ${toString vm.gate} is too long. Take 1h at most";
+      }
+      {
+        assertion = vm.gate == null || vm.refresh != "none";
+        message = "${option}.gate: nothing is refreshed that it could watch. Leave out refresh = \"none\", or gate";
+      }
     ]
     ++ lib.concatLists (
       lib.mapAttrsToList (
@@ -635,8 +655,18 @@ let
             message = "${this}.source: it is not an absolute path. Write the whole path of the file on this host";
           }
           {
-            assertion = c.source == null || !(lib.hasPrefix "${builtins.storeDir}/" c.source);
+            assertion =
+              c.source == null
+              || !(lib.hasPrefix "${builtins.storeDir}/" c.source)
+                && !(lib.hasPrefix "${builtins.storeDir}/" (
+                  toString (config.environment.etc.${lib.removePrefix "/etc/" c.source}.source or "")
+                ));
             message = "${this}.source: it is in the Nix store, where everybody can read it. Take a file that is outside of it and that the configuration does not have, or sops";
+          }
+          {
+            # NixOS takes it for a pattern in the link that leads there.
+            assertion = c.required || c.source == null || !(lib.hasInfix "*" c.source);
+            message = "${this}.source: it has a '*', and is not required. Take a path without, or leave out required = false";
           }
           {
             assertion = !vm.boot.credentials || !c.required || !(lib.hasInfix "=" c.destination);
@@ -734,6 +764,21 @@ let
       cfg.exporter.listenAddress
   }:${toString cfg.exporter.port}";
 
+  # Of a gate.
+  secondsOf =
+    time:
+    let
+      parts = builtins.match "([0-9]+)(.)" time;
+    in
+    builtins.fromJSON (lib.head parts)
+    * {
+      s = 1;
+      m = 60;
+      h = 3600;
+    }.${lib.elemAt parts 1};
+
+  hasVhost = lib.any (vm: vm.cid != null) (lib.attrValues cfg.vms);
+
   allOf = kind: lib.mapAttrsToList (name: vm: (unitsOf name vm).${kind}) cfg.vms;
 in
 {
@@ -820,6 +865,14 @@ in
         ++ allOf "services"
       );
       systemd.paths = lib.mkMerge (allOf "paths");
+
+      # Who may open it can have any CID that is free, also that of a VM which is off, and be given its credentials. By
+      # default everybody may.
+      boot.kernelModules = lib.mkIf hasVhost [ "vhost_vsock" ];
+      services.udev.extraRules = lib.mkIf hasVhost ''
+        KERNEL=="vhost-vsock", GROUP="kvm", MODE="0660"
+      '';
+      systemd.tmpfiles.rules = lib.mkIf hasVhost [ "z /dev/vhost-vsock 0660 - kvm" ];
 
       environment.etc = lib.mkMerge (
         lib.mapAttrsToList (

@@ -112,7 +112,7 @@ in
       removeAttrs (without [ ]).config [
         "services"
         "microvm"
-      ] == (nixos [ ]).config;
+      ] == others (nixos [ ]).config;
     "host: a VM of microvm.nix that is not named is left alone" =
       let
         settings.microvm.vms.web.config = qemu;
@@ -258,7 +258,7 @@ in
       && provide.wantedBy == [ "web-vm.service" ]
       && provide.partOf == [ "web-vm.service" ]
       && provide.before == [ "web-vm.service" ]
-      && provide.after == [ ];
+      && provide.after == [ "guestagent-sources@web.service" ];
     "host: a VM that no unit runs" =
       let
         provide =
@@ -287,7 +287,11 @@ in
       ]
       && provide.partOf == [ "microvm@web.service" ]
       && provide.before == [ "microvm@web.service" ]
-      && provide.after == [ "install-microvm-web.service" ]
+      &&
+        provide.after == [
+          "install-microvm-web.service"
+          "guestagent-sources@web.service"
+        ]
       && provide.serviceConfig.ReadWritePaths == [ "/var/lib/microvms/web" ];
     "host: the provider of a VM that the host does not start" =
       (provideOf [
@@ -343,10 +347,10 @@ in
           db
           // {
             refresh = "auto";
-            gate = "1m30s";
+            gate = "90s";
           }
         ))
-      ] == "--report-group guestagent --refresh auto --gate 1m30s";
+      ] == "--report-group guestagent --refresh auto --gate 90s";
     "host: a VM without credentials has an empty folder" =
       let
         provide = provideOf [ (web qemu { credentialPrefix = "web."; }) ];
@@ -387,6 +391,20 @@ in
       in
       lib.hasSuffix " --no-block try-restart guestagent-provide@web.service" systemd.services."guestagent-sources@web".serviceConfig.ExecStart
       && !(systemd.services."guestagent-provide@web".serviceConfig ? RefreshOnReload);
+    "host: with AF_VSOCK, not everybody may take a CID" =
+      let
+        rules = modules: (systemOf modules).services.udev.extraRules;
+      in
+      rules [ (web qemu db) ] == "KERNEL==\"vhost-vsock\", GROUP=\"kvm\", MODE=\"0660\"\n"
+      && (systemOf [ (web qemu db) ]).systemd.tmpfiles.rules == [ "z /dev/vhost-vsock 0660 - kvm" ]
+      && rules [ (web cloudHypervisor db) ] == "";
+    "host: a source on the network holds up nothing" =
+      let
+        path = (systemOf [ (web qemu db) ]).systemd.paths."guestagent-sources@web";
+      in
+      !path.unitConfig.DefaultDependencies && path.after == [ "sysinit.target" ];
+    "host: a change while another is passed on is not lost" =
+      lib.elem "guestagent-sources@web.service" (provideOf [ (web qemu db) ]).after;
     "host: a file may change as often as it likes" =
       (serviceOf "guestagent-sources@web" [ (web qemu db) ]).startLimitIntervalSec == 0
       && lib.hasInfix "\nStartLimitIntervalSec=0\n" (
@@ -700,6 +718,34 @@ in
     "host: a source in the store" =
       asserts "${option}.credentials.db.source: it is in the Nix store"
         [ (web qemu { credentials.db.source = "${builtins.storeDir}/x-db"; }) ];
+    "host: a source that is a link into the store" =
+      asserts "${option}.credentials.db.source: it is in the Nix store"
+        [
+          (web qemu { credentials.db.source = "/etc/x-db"; })
+          (
+            { pkgs, ... }:
+            {
+              environment.etc.x-db.source = pkgs.writeText "x-db" "";
+            }
+          )
+        ];
+    "host: a pattern for what may be missing" = asserts "${option}.credentials.db.source: it has a '*'" [
+      (web qemu {
+        credentials.db = {
+          source = "/var/lib/secrets/*";
+          required = false;
+        };
+      })
+    ];
+    "host: a gate over nothing" = asserts "${option}.gate: nothing is refreshed" [
+      (web qemu {
+        gate = "30s";
+        refresh = "none";
+      })
+    ];
+    "host: a gate that is too long" = asserts "${option}.gate: 61m is too long" [
+      (web qemu { gate = "61m"; })
+    ];
     "host: a guest whose agent is off" =
       asserts "Leave out services.guestagent.enable = false in microvm.vms.web.config"
         [ (web (qemu // { services.guestagent.enable = false; }) db) ];

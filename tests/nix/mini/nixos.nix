@@ -82,6 +82,7 @@ let
       users.groups = mkOption { default = { }; type = types.attrsOf (types.submodule { options = { gid = text (types.nullOr types.int) null; members = strs; }; }); };
       networking.hostName = text types.str "nixos";
       security = any { };
+      services.udev.extraRules = text types.lines "";
       system.checks = mkOption { type = types.listOf types.package; default = [ ]; };
       systemd = {
         services = of svc; sockets = of (other { socketConfig = sect; listenStreams = strs; listenDatagrams = strs; }); timers = of (other { timerConfig = sect; }); paths = of (other { pathConfig = sect; }); targets = of (other { }); slices = of (other { sliceConfig = sect; });

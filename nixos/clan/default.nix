@@ -1,5 +1,9 @@
 # The clan service `microvm`: VMs of microvm.nix as instances of an inventory, with secrets that clan generates.
 { lib, ... }:
+let
+  vmOf =
+    instanceName: settings: if settings.vmName == null then instanceName else settings.vmName;
+in
 {
   _class = "clan.service";
   manifest.name = "guestagent/microvm";
@@ -22,7 +26,7 @@
         nixosModule = import ./server.nix {
           inherit instanceName settings;
           machineName = machine.name;
-          vm = if settings.vmName == null then instanceName else settings.vmName;
+          vm = vmOf instanceName settings;
           guests = lib.attrNames (roles.guest.machines or { });
         };
       };
@@ -44,10 +48,34 @@
         nixosModule = import ./guest.nix {
           inherit instanceName settings;
           machineName = machine.name;
-          servers = lib.filter (server: server.guest == machine.name) (
-            map (server: server.settings) (lib.attrValues (roles.server.machines or { }))
+          servers = lib.filterAttrs (_: server: server.guest == machine.name) (
+            lib.mapAttrs (_: server: server.settings) (roles.server.machines or { })
           );
         };
       };
   };
+
+  # One instance does not see another.
+  perMachine =
+    { instances, machine, ... }:
+    let
+      vms = lib.mapAttrs (
+        instanceName: instance:
+        vmOf instanceName instance.roles.server.machines.${machine.name}.settings
+      ) (lib.filterAttrs (_: instance: instance.roles ? server.machines.${machine.name}) instances);
+    in
+    {
+      nixosModule.assertions = lib.mapAttrsToList (
+        instanceName: vm:
+        let
+          others = lib.attrNames (
+            lib.filterAttrs (other: its: other != instanceName && its == vm) vms
+          );
+        in
+        {
+          assertion = others == [ ];
+          message = "clan instance ${instanceName}, roles.server.machines.${machine.name}.settings.vmName: ${vm} is also the VM of the instance ${lib.concatStringsSep ", " others}. Give one of them another vmName";
+        }
+      ) vms;
+    };
 }

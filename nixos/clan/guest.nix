@@ -3,7 +3,7 @@
   instanceName,
   machineName,
   settings,
-  # The settings of the machine that runs the VM.
+  # The machine that runs the VM: its name, with its settings.
   servers,
 }:
 {
@@ -22,10 +22,14 @@ let
   ];
 in
 {
+  _file = "clan instance ${instanceName}, roles.guest.machines.${machineName}";
   imports = [
     ../module.nix
   ]
-  ++ map (server: import ./vm.nix { settings = server; }) servers;
+  ++ map (server: {
+    _file = "clan instance ${instanceName}, roles.server.machines.${server}.settings";
+    imports = [ (import ./vm.nix { settings = servers.${server}; }) ];
+  }) (builtins.attrNames servers);
 
   config = lib.mkMerge [
     {
@@ -35,8 +39,8 @@ in
           message = "clan instance ${instanceName}: ${machineName} has role guest, and is no VM of microvm.nix. The machine that runs VMs has role server: write roles.server.machines.${machineName}.settings. A machine that lives in a VM imports inputs.microvm.nixosModules.microvm";
         }
         {
-          assertion = lib.length servers <= 1;
-          message = "clan instance ${instanceName}: ${toString (lib.length servers)} machines with role server have guest = \"${machineName}\". It lives in one VM: leave it out in the settings of the others";
+          assertion = lib.length (lib.attrNames servers) <= 1;
+          message = "clan instance ${instanceName}: ${toString (lib.length (lib.attrNames servers))} machines with role server have guest = \"${machineName}\". It lives in one VM: leave it out in the settings of the others";
         }
       ];
     }

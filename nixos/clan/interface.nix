@@ -106,9 +106,11 @@ in
     guest = unset str {
       example = "web";
       description = ''
-        The machine of this clan that lives in the VM. It needs role `guest` in the same instance, and is configured and
-        updated as any other machine. Without one the VM has the configuration that the host gives it: these settings,
-        `guestModules`, and `microvm.vms.NAME.config` and `.extraModules` on the host.
+        The machine of this clan that lives in the VM. It needs role `guest` in the same instance, and is configured as any
+        other machine; `guestModules` and `microvm.vms.NAME.extraModules` are not for it. Its system is built and updated
+        with the host's, and `systemctl restart microvm@NAME` there starts what is new. Without one the VM has the
+        configuration that the host gives it: these settings, `guestModules`, and `microvm.vms.NAME.config` and
+        `.extraModules` on the host.
       '';
     };
     autostart = mkOption {
@@ -133,7 +135,7 @@ in
       example = 3;
       description = ''
         The VM's vsock address, by which the host and the guest reach each other; no other VM of the host may have it. The
-        secrets need one.
+        VM needs one, from here or as `microvm.vsock.cid` in its configuration.
       '';
     };
     hypervisor =
@@ -145,11 +147,10 @@ in
           "firecracker"
           "kvmtool"
           "qemu"
-          "stratovirt"
         ])
         {
           example = "cloud-hypervisor";
-          description = "What runs the VM. By default microvm.nix decides, which takes qemu.";
+          description = "What runs the VM, of those that microvm.nix gives a vsock. By default it decides, and takes qemu.";
         };
 
     credentials = mkOption {
@@ -216,9 +217,9 @@ in
         default = true;
         description = ''
           Whether `microvm@NAME.service` is shut in: the options below, no capabilities, no new privileges, no core dumps,
-          and neither `/home` nor `/etc` nor the kernel's settings to write to. What the machine's own configuration says
-          for one of these wins. With an interface of type `bridge`, whose helper is setuid, only the file systems are shut
-          off.
+          no setuid files, and neither `/home` nor `/etc` nor the kernel's settings to write to. What the machine's own
+          configuration says for one of these wins. With an interface of type `bridge`, whose helper has a capability that
+          the VMM has not, only the file systems are shut off.
         '';
       };
       protectProc = mkOption {
@@ -231,14 +232,19 @@ in
         default = "invisible";
         description = "systemd's `ProtectProc=`: which other processes the VMM sees in `/proc`.";
       };
-      procSubset = mkOption {
-        type = types.enum [
-          "all"
-          "pid"
-        ];
-        default = "pid";
-        description = "systemd's `ProcSubset=`: whether the VMM sees in `/proc` anything but processes.";
-      };
+      procSubset =
+        unset
+          (types.enum [
+            "all"
+            "pid"
+          ])
+          {
+            example = "pid";
+            description = ''
+              systemd's `ProcSubset=`: whether the VMM sees in `/proc` anything but processes. By default `pid`; with crosvm
+              `all`, as the sandboxes of its devices need `/proc/sys/kernel/cap_last_cap`.
+            '';
+          };
       restrictAddressFamilies = mkOption {
         type = types.listOf str;
         default = [

@@ -17,7 +17,8 @@
 }:
 let
   oem = import ./oem.nix { inherit lib; };
-  setting = name: "clan instance ${instanceName}, roles.server.machines.${machineName}.settings.${name}";
+  place = "clan instance ${instanceName}, roles.server.machines.${machineName}.settings";
+  setting = name: "${place}.${name}";
 
   vars = config.clan.core.vars.generators;
   provider = "guestagent-provide@${vm}.service";
@@ -57,6 +58,10 @@ let
 
   # The host's module declares microvm.vms, too.
   hasMicrovm = options ? microvm.host;
+  # The machine in settings.guest has its role, and microvm.nix' module.
+  hasRole = lib.elem settings.guest guests;
+  isVM = self.nixosConfigurations.${settings.guest}.config.microvm.guest.enable or false;
+  isMachine = settings.guest != null && hasRole && isVM;
   # The VM's own configuration, whoever gives it.
   guest =
     let
@@ -66,7 +71,7 @@ let
       declared.evaluatedConfig.config
     else
       declared.config.config;
-  bridged = lib.any (interface: interface.type == "bridge") settings.interfaces;
+  bridged = lib.any (interface: interface.type == "bridge") guest.microvm.interfaces;
 
   generator = file: script: runtimeInputs: {
     files.${file} = { };
@@ -75,6 +80,7 @@ let
   };
 in
 {
+  _file = place;
   imports = [ ../host.nix ];
 
   config = lib.mkMerge [
@@ -93,8 +99,12 @@ in
           message = "${setting "guestModules"}: settings are JSON, which has no functions, paths or packages. Put the module into roles.server.extraModules, as { microvm.vms.${vm}.extraModules = [ … ]; }";
         }
         {
-          assertion = settings.guest == null || lib.elem settings.guest guests;
+          assertion = settings.guest == null || hasRole;
           message = "${setting "guest"}: ${toString settings.guest} has no role guest in this instance. Add roles.guest.machines.${toString settings.guest} = { }";
+        }
+        {
+          assertion = settings.guest == null || !hasRole || isVM;
+          message = "${setting "guest"}: the machine ${toString settings.guest} is no VM of microvm.nix. Import inputs.microvm.nixosModules.microvm in its configuration";
         }
         {
           assertion = settings.guest == null || settings.guestModules == [ ];
@@ -118,6 +128,12 @@ in
           message = "${setting credential.option}: ${machineName} has no generator ${toString credential.generator}. Declare clan.core.vars.generators.\"${toString credential.generator}\" with the file ${credential.file} in its configuration, or set source";
         }
       ) files
+      ++ map (credential: {
+        assertion =
+          credential.generator == null
+          || vars.${credential.generator}.files.${credential.file}.deploy;
+        message = "${setting credential.option}: the file ${credential.file} of the generator ${toString credential.generator} has deploy = false, so that it is not on ${machineName}. Leave that out where the generator is declared, or name another file";
+      }) all
       ++ map (credential: {
         assertion = lib.length (lib.filter (other: other.name == credential.name) all) == 1;
         message = "${setting credential.option}: two credentials would be ${credential.name} in the guest. Give one another name, with destination or oemCredentialName";
@@ -173,14 +189,17 @@ in
     (lib.optionalAttrs hasMicrovm {
       microvm.vms.${vm} = {
         inherit (settings) autostart;
-        evaluatedConfig = lib.mkIf (
-          settings.guest != null && lib.elem settings.guest guests
-        ) self.nixosConfigurations.${settings.guest};
-        config = lib.mkIf (settings.guest == null) {
+        evaluatedConfig = lib.mkIf isMachine self.nixosConfigurations.${settings.guest};
+        # Also for a guest that is refused: without a configuration microvm.nix fails before that is said.
+        config = lib.mkIf (!isMachine) {
+          _file = place;
           imports = [
             (import ./vm.nix { inherit settings; })
           ]
-          ++ lib.filter lib.isAttrs settings.guestModules;
+          ++ map (module: {
+            _file = setting "guestModules";
+            imports = [ module ];
+          }) (lib.filter lib.isAttrs settings.guestModules);
         };
       };
 
@@ -210,13 +229,21 @@ in
             KeyringMode = "private";
             LimitCORE = 0;
             PrivateTmp = true;
-            ProcSubset = settings.serviceHardening.procSubset;
+            # crosvm's sandboxes read /proc/sys/kernel/cap_last_cap.
+            ProcSubset =
+              if settings.serviceHardening.procSubset != null then
+                settings.serviceHardening.procSubset
+              else if guest.microvm.hypervisor == "crosvm" then
+                "all"
+              else
+                "pid";
             ProtectControlGroups = true;
             ProtectHome = true;
             ProtectProc = settings.serviceHardening.protectProc;
             ProtectSystem = "full";
           }
-          # Each of these is, or brings, NoNewPrivileges=, with which a setuid helper gains nothing.
+          # Each of these can take from a bridge's helper the capability that its file has: it is or brings NoNewPrivileges=,
+          # or bounds the capabilities.
           // lib.optionalAttrs (!bridged) {
             CapabilityBoundingSet = "";
             LockPersonality = true;

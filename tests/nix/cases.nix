@@ -7,6 +7,7 @@ let
   lib = import ./mini/lib.nix;
   nixos = modules: import ./mini/nixos.nix { inherit modules; };
   parts = map (part: import part { inherit lib nixos; }) [
+    ./clan.nix
     ./guest.nix
     ./host.nix
     ./package.nix

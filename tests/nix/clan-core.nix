@@ -95,15 +95,22 @@ rec {
       hasMicrovm ? true,
     }:
     let
+      rolesOf =
+        instance:
+        lib.mapAttrs (role: members: {
+          machines = lib.mapAttrs (_: machine: {
+            settings = settingsOf role (machine.settings or { });
+          }) members.machines;
+        }) instance.roles;
+      mineOf =
+        instance:
+        lib.filter (role: instance.roles.${role}.machines ? ${name}) (lib.attrNames instance.roles);
+      here = lib.filterAttrs (_: instance: mineOf instance != [ ]) instances;
       modulesOf =
         instanceName: instance:
         let
-          roles = lib.mapAttrs (role: members: {
-            machines = lib.mapAttrs (_: machine: {
-              settings = settingsOf role (machine.settings or { });
-            }) members.machines;
-          }) instance.roles;
-          mine = lib.filter (role: roles.${role}.machines ? ${name}) (lib.attrNames roles);
+          roles = rolesOf instance;
+          mine = mineOf instance;
         in
         map (
           role:
@@ -124,6 +131,13 @@ rec {
         { networking.hostName = name; }
       ]
       ++ lib.optional (hasMicrovm && !isVM) ./microvm.nix
+      ++ lib.optional (here != { }) (service.perMachine {
+        machine = {
+          inherit name;
+          roles = lib.unique (lib.concatMap mineOf (lib.attrValues here));
+        };
+        instances = lib.mapAttrs (_: instance: { roles = rolesOf instance; }) here;
+      }).nixosModule
       ++ lib.concatLists (lib.mapAttrsToList modulesOf instances)
       ++ modules
     );

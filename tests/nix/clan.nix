@@ -41,7 +41,9 @@ let
     inherit message;
   };
 
+  # The instance has another name than its VM.
   seed = machineOf {
+    instanceName = "example";
     inherit (testVM.instance) roles;
     modules = [ testVM.machine ];
   };
@@ -80,10 +82,11 @@ let
     && config.microvm.qemu.extraArgs == [ ]
     && config.microvm.cloud-hypervisor.platformOEMStrings == [ ];
 
-  # The same VM as a machine of the clan, and the host that runs it.
+  # The same VM as a machine of the clan, and the host that runs it. Another host of the instance runs another.
   inMachine =
     {
       hypervisor ? "qemu",
+      isVM ? true,
       modules ? [ ],
       more ? { },
     }:
@@ -97,12 +100,16 @@ let
           rootPassword = true;
         }
         // more;
+        server.machines.other.settings = {
+          guest = "db";
+          vcpu = 4;
+        };
         guest.machines.web = { };
+        guest.machines.db = { };
       };
       web = machineOf {
         name = "web";
-        isVM = true;
-        inherit roles modules;
+        inherit isVM roles modules;
       };
     in
     {
@@ -113,6 +120,26 @@ let
       };
     };
   machine = inMachine { };
+
+  bridge = [
+    {
+      type = "bridge";
+      id = "vm-b";
+      mac = "02:00:00:01:01:03";
+      bridge = "br0";
+    }
+  ];
+  # Without what takes a bridge's helper its capability.
+  leavesHelper =
+    machine:
+    let
+      h = hardeningOf machine;
+    in
+    machine.ok
+    && !(h ? NoNewPrivileges)
+    && !(h ? RestrictAddressFamilies)
+    && !(h ? CapabilityBoundingSet)
+    && h.ProtectProc == "invisible";
 
   # Every option of the interface, submodules' too.
   optionsIn =
@@ -157,6 +184,37 @@ let
       message = "the VM is the machine web, which has a configuration of its own";
     };
     "clan: a guest that is none" = refused { guest = "web"; } "Add roles.guest.machines.web = { }";
+    "clan: a guest that is no VM of microvm.nix" = {
+      value = (inMachine { isVM = false; }).host.ok;
+      message = "settings.guest: the machine web is no VM of microvm.nix. Import inputs.microvm.nixosModules.microvm in its configuration";
+    };
+    "clan: a guest that the clan has no machine for" = {
+      value =
+        (machineOf {
+          roles.server.machines.britton-desktop.settings = {
+            guest = "web";
+            vsockCid = 3;
+          };
+          roles.guest.machines.web = { };
+          modules = [ { _module.args.self.nixosConfigurations = { }; } ];
+        }).ok;
+      message = "the machine web is no VM of microvm.nix";
+    };
+    "clan: two instances with one VM" = {
+      value =
+        (machineWith {
+          name = "britton-desktop";
+          instances = {
+            test-vm.roles.server.machines.britton-desktop.settings.vsockCid = 3;
+            copy.roles.server.machines.britton-desktop.settings.vmName = "test-vm";
+          };
+        }).ok;
+      message = "clan instance test-vm, roles.server.machines.britton-desktop.settings.vmName: test-vm is also the VM of the instance copy. Give one of them another vmName";
+    };
+    "clan: a hypervisor without vsock" = {
+      value = (settingsOf "server" { hypervisor = "stratovirt"; }).hypervisor;
+      message = "`hypervisor' is not of type";
+    };
     "clan: a password" = refused { rootPassword = "test"; } "Write rootPassword = true";
     "clan: a credential from nowhere" =
       refused { credentials.api-key = { }; } "it comes from nowhere. Set source to a path on britton-desktop, or generator";
@@ -168,6 +226,20 @@ let
     } "source and generator are both set";
     "clan: a generator that is not declared" =
       refused { credentials.api-key.generator = "test-vm-secret"; } "britton-desktop has no generator test-vm-secret. Declare clan.core.vars.generators.\"test-vm-secret\" with the file api-key";
+    "clan: a var that is not deployed" = {
+      value =
+        (machineOf {
+          roles.server.machines.britton-desktop.settings = {
+            vsockCid = 3;
+            credentials.api-key.generator = "test-vm-secrets";
+          };
+          modules = [
+            testVM.machine
+            { clan.core.vars.generators.test-vm-secrets.files.api-key.deploy = false; }
+          ];
+        }).ok;
+      message = "settings.credentials.api-key: the file api-key of the generator test-vm-secrets has deploy = false, so that it is not on britton-desktop. Leave that out where the generator is declared, or name another file";
+    };
     "clan: two credentials of one name" = refused {
       credentials.key.source = "/etc/secrets/key";
       credentialPrefix = "";
@@ -197,6 +269,14 @@ let
           modules = [ { microvm.vms.other.config.microvm.vsock.cid = 3; } ];
         }).ok;
       message = "3 is also that of other";
+    };
+    "clan: a setting that the guest's configuration contradicts" = {
+      value =
+        (guestOf (small {
+          vcpu = 2;
+          guestModules = [ { microvm.vcpu = 3; } ];
+        })).microvm.vcpu;
+      message = "has conflicting definition values (in clan instance test-vm, roles.server.machines.britton-desktop.settings.guestModules, clan instance test-vm, roles.server.machines.britton-desktop.settings)";
     };
     "clan: no CID" = {
       value = (server { }).ok;
@@ -246,8 +326,37 @@ let
     };
   };
 
+  # What microvm@test-vm is shut in by.
+  hardening = {
+    CapabilityBoundingSet = "";
+    KeyringMode = "private";
+    LimitCORE = 0;
+    LockPersonality = true;
+    NoNewPrivileges = true;
+    PrivateTmp = true;
+    ProcSubset = "pid";
+    ProtectControlGroups = true;
+    ProtectHome = true;
+    ProtectHostname = true;
+    ProtectKernelLogs = true;
+    ProtectKernelModules = true;
+    ProtectKernelTunables = true;
+    ProtectProc = "invisible";
+    ProtectSystem = "full";
+    RestrictAddressFamilies = [
+      "AF_UNIX"
+      "AF_VSOCK"
+      "AF_INET"
+      "AF_INET6"
+    ];
+    RestrictRealtime = true;
+    RestrictSUIDSGID = true;
+    SystemCallArchitectures = "native";
+  };
+
   # What docs/clan.md has of the messages, each with the case that prints it.
   guide = builtins.readFile ../../docs/clan.md;
+  guideLines = lib.filter lib.isString (builtins.split "\n" guide);
   explained = {
     "a credential from nowhere" = "settings.credentials.api-key: it comes from nowhere.";
     "a generator that is not declared" = "settings.credentials.api-key: britton-desktop has no generator test-vm-secret.";
@@ -259,14 +368,53 @@ let
     "role guest on the machine that runs VMs" = "clan instance test-vm: britton-desktop has role guest, and is no VM of microvm.nix.";
     "secrets on the command line that nobody asked for" = "services.guestagent.vms.test-vm.boot.credentials: cloud-hypervisor takes OEM strings from its command line only,";
     "a credential that the guest has under another name" = "services.guestagent.vms.test-vm.credentials: the guest requires API-KEY, which nobody hands over.";
+    "a guest that is no VM of microvm.nix" = "settings.guest: the machine web is no VM of microvm.nix.";
+    "a var that is not deployed" = "settings.credentials.api-key: the file api-key of the generator test-vm-secrets has deploy = false,";
+    "two instances with one VM" = "settings.vmName: test-vm is also the VM of the instance copy.";
     "a source that is no path" = "services.guestagent.vms.test-vm.credentials.HOST-api-key.source: it is not an absolute path.";
     "a CID that another VM has" = "services.guestagent.vms.test-vm.cid: 3 is also that of other,";
   };
+  # What nix eval prints, as in the table that has it.
+  prints =
+    command: value:
+    lib.elem "| `nix eval --json .#${command}` | `${builtins.toJSON value}` |" guideLines;
 in
 {
   holds = lib.mapAttrs' (
     name: message: lib.nameValuePair "clan: docs: ${name}" (lib.hasInfix message guide)
   ) explained // {
+    "clan: docs: what systemctl shows of the provider" =
+      lib.filter (lib.hasPrefix "    LoadCredential=") guideLines
+      == map (line: "    LoadCredential=${line}") (providerOf seed).serviceConfig.LoadCredential;
+    "clan: docs: what systemctl shows of the VM" = lib.hasInfix "\n\n${
+      lib.concatMapStringsSep "\n" (line: "    ${line}") (
+        lib.concatLists (
+          lib.mapAttrsToList (
+            name: value:
+            map (
+              value: "${name}=${if value == true then "true" else toString value}"
+            ) (lib.toList value)
+          ) (hardeningOf seed)
+        )
+      )
+    }\n\n" guide;
+    "clan: docs: what nix eval prints" =
+      let
+        machine = "nixosConfigurations.britton-desktop.config";
+        # By the name that it has there.
+        inventory.instances.test-vm = testVM.instance;
+      in
+      prints "clan.inventory.instances --apply builtins.attrNames" (
+        lib.attrNames inventory.instances
+      )
+      && prints "clan.inventory.instances.test-vm.module" inventory.instances.test-vm.module
+      && prints "${machine}.microvm.vms --apply builtins.attrNames" (
+        lib.attrNames seed.config.microvm.vms
+      )
+      &&
+        prints "${machine}.services.guestagent.vms.test-vm.credentials --apply builtins.attrNames"
+          (lib.attrNames seed.config.services.guestagent.vms.test-vm.credentials);
+
     "clan: a service of clan's, and what each part is for" =
       service._class == "clan.service"
       && lib.attrNames service.roles == [
@@ -532,25 +680,32 @@ in
       "qemu"
     ];
 
-    "clan: serviceHardening: as in the guide, and more" =
-      let
-        h = hardeningOf seed;
-      in
-      h.ProtectProc == "invisible"
-      && h.ProcSubset == "pid"
-      && h.RestrictAddressFamilies == settings.serviceHardening.restrictAddressFamilies
-      && h.NoNewPrivileges
-      && h.CapabilityBoundingSet == ""
-      && h.LimitCORE == 0;
+    "clan: serviceHardening: as in the guide, and more" = hardeningOf seed == hardening;
     "clan: serviceHardening: by default, and other values" =
-      hardeningOf (small { }) == hardeningOf seed
-      && (hardeningOf (small {
-        serviceHardening = {
-          protectProc = "noaccess";
-          procSubset = "all";
-          restrictAddressFamilies = [ "AF_UNIX" ];
+      hardeningOf (small { }) == hardening
+      &&
+        hardeningOf (small {
+          serviceHardening = {
+            protectProc = "noaccess";
+            procSubset = "all";
+            restrictAddressFamilies = [ "AF_UNIX" ];
+          };
+        }) == hardening
+        // {
+          ProtectProc = "noaccess";
+          ProcSubset = "all";
+          RestrictAddressFamilies = [ "AF_UNIX" ];
         };
-      })).ProtectProc == "noaccess";
+    "clan: serviceHardening: crosvm sees all of /proc, unless the settings say otherwise" =
+      hardeningOf (small { hypervisor = "crosvm"; }) == hardening // { ProcSubset = "all"; }
+      &&
+        hardeningOf (small {
+          guestModules = [ { microvm.hypervisor = "crosvm"; } ];
+        }) == hardening // { ProcSubset = "all"; }
+      && hardeningOf (small {
+        hypervisor = "crosvm";
+        serviceHardening.procSubset = "pid";
+      }) == hardening;
     "clan: serviceHardening: off" =
       !((small { serviceHardening.enable = false; }).config.systemd.services ? "microvm@test-vm");
     "clan: serviceHardening: the machine's own words win" =
@@ -558,23 +713,15 @@ in
         roles.server.machines.britton-desktop.settings.vsockCid = 3;
         modules = [ { systemd.services."microvm@test-vm".serviceConfig.ProtectHome = "read-only"; } ];
       })).ProtectHome == "read-only";
-    "clan: serviceHardening: a bridge's helper gains its privileges" =
-      let
-        h = hardeningOf (small {
-          interfaces = [
-            {
-              type = "bridge";
-              id = "vm-b";
-              mac = "02:00:00:01:01:03";
-              bridge = "br0";
-            }
-          ];
-        });
-      in
-      !(h ? NoNewPrivileges)
-      && !(h ? RestrictAddressFamilies)
-      && !(h ? CapabilityBoundingSet)
-      && h.ProtectProc == "invisible";
+    "clan: serviceHardening: a bridge's helper has its capability" = leavesHelper (small {
+      interfaces = bridge;
+    });
+    "clan: serviceHardening: a bridge that the guest's configuration has" =
+      leavesHelper (machineOf {
+        roles.server.machines.britton-desktop.settings.vsockCid = 3;
+        modules = [ { microvm.vms.test-vm.extraModules = [ { microvm.interfaces = bridge; } ]; } ];
+      })
+      && leavesHelper (inMachine { modules = [ { microvm.interfaces = bridge; } ]; }).host;
 
     "clan: rootPassword: generated, and only its hash is deployed" =
       let
@@ -582,8 +729,13 @@ in
       in
       !g.files.password.deploy
       && g.files.hash.deploy
-      # As an argument of printf, its failure would go unnoticed.
-      && lib.hasInfix "\nhash=$(mkpasswd -s " g.script
+      # As an argument of printf, a failure of mkpasswd would go unnoticed.
+      &&
+        g.script == ''
+          openssl rand -base64 18 | tr -d '\n' > "$out"/password
+          hash=$(mkpasswd -s -m yescrypt < "$out"/password)
+          printf 'root:%s\n' "$hash" > "$out"/hash
+        ''
       && map (p: p.pname) g.runtimeInputs == [
         "mkpasswd"
         "openssl"
@@ -593,10 +745,15 @@ in
       let
         unit = guest.systemd.services.root-password;
       in
-      unit.serviceConfig.LoadCredential == [ "root-password:/run/credstore/root-password" ]
-      # With nothing behind the colon chpasswd would let root in without a password.
-      && lib.hasInfix "; test -n \"$hash\" && exec " unit.serviceConfig.ExecStart
-      && lib.hasInfix "chpasswd -e" unit.serviceConfig.ExecStart
+      unit.wantedBy == [ "multi-user.target" ]
+      &&
+        unit.serviceConfig == {
+          # With nothing behind the colon chpasswd would let root in without a password.
+          ExecStart = "/bin/sh -c 'IFS=: read -r name hash <\"$CREDENTIALS_DIRECTORY\"/root-password; test -n \"$hash\" && exec ${seed.pkgs.shadow}/bin/chpasswd -e <\"$CREDENTIALS_DIRECTORY\"/root-password'";
+          LoadCredential = [ "root-password:/run/credstore/root-password" ];
+          RemainAfterExit = true;
+          Type = "oneshot";
+        }
       &&
         (builtins.fromJSON guest.environment.etc."guestagent/config.json".source.text)
         .credentials.root-password.onChange == "restart";
@@ -626,6 +783,7 @@ in
     "clan: a VM that is a machine of the clan" =
       machine.host.ok
       && machine.web.ok
+      # What the other host's settings say is for the other guest.
       && machine.web.config.microvm.vcpu == 2
       && machine.web.config.microvm.vsock.cid == 300
       && machine.web.config.services.guestagent.enable
@@ -638,6 +796,14 @@ in
         machine = inMachine { hypervisor = "cloud-hypervisor"; };
       in
       machine.host.ok && machine.web.ok;
+
+    "clan: a guest that is refused has a configuration all the same" =
+      # microvm.nix reads it for the units, and fails before an assertion is looked at.
+      (guestOf (small {
+        guest = "web";
+        vcpu = 2;
+      })).microvm.vcpu == 2
+      && (guestOf (inMachine { isVM = false; }).host).microvm.vcpu == 2;
 
     "clan: test-vm's units are those of the modules alone" =
       let

@@ -22,26 +22,31 @@ let
 
   clanWith =
     instance: machines:
-    clanLib.clan {
-      self = { };
-      directory = ./..;
-      modules.microvm = module;
-      machines = {
-        britton-desktop = {
-          imports = [
-            microvm.nixosModules.host
-            testVM.machine
-          ];
-          nixpkgs.hostPlatform = "x86_64-linux";
-        };
-      }
-      // machines;
-      inventory.instances.test-vm = {
-        module.name = "microvm";
-        module.input = "self";
-      }
-      // instance;
-    };
+    let
+      clan = clanLib.clan {
+        # As a flake has them.
+        self = { inherit (clan.config) nixosConfigurations; };
+        directory = ./..;
+        modules.microvm = module;
+        machines = {
+          britton-desktop = {
+            imports = [
+              microvm.nixosModules.host
+              testVM.machine
+            ];
+            nixpkgs.hostPlatform = "x86_64-linux";
+          };
+        }
+        // machines;
+        # With another name than its VM.
+        inventory.instances.example = {
+          module.name = "microvm";
+          module.input = "self";
+        }
+        // instance;
+      };
+    in
+    clan;
   configOf = clan: clan.config.nixosConfigurations.britton-desktop.config;
   failedOf =
     config: map (a: a.message) (builtins.filter (a: !a.assertion) config.assertions);
@@ -141,6 +146,7 @@ in
           {
             roles.server.machines.britton-desktop.settings = {
               guest = "web";
+              vmName = "test-vm";
               vsockCid = 3;
               vcpu = 2;
             };
@@ -154,9 +160,90 @@ in
           };
     in
     {
-      expr = clan.config.nixosConfigurations.web.config.microvm.vcpu;
-      expected = 2;
+      expr = {
+        failed = failedOf (configOf clan) ++ failedOf clan.config.nixosConfigurations.web.config;
+        inherit (clan.config.nixosConfigurations.web.config.microvm) vcpu;
+        inherit ((configOf clan).microvm.vms.test-vm.evaluatedConfig.config.networking) hostName;
+        cid = (configOf clan).services.guestagent.vms.test-vm.cid;
+      };
+      expected = {
+        failed = [ ];
+        vcpu = 2;
+        hostName = "web";
+        cid = 3;
+      };
     };
+
+  # Said before microvm.nix needs what is not there.
+  test_guest_without_role = {
+    expr = failedOf (
+      configOf (
+        clanWith {
+          roles.server.machines.britton-desktop.settings = {
+            guest = "web";
+            vsockCid = 3;
+          };
+        } { }
+      )
+    );
+    expected = [
+      "clan instance example, roles.server.machines.britton-desktop.settings.guest: web has no role guest in this instance. Add roles.guest.machines.web = { }"
+    ];
+  };
+
+  test_guest_without_microvm = {
+    expr = failedOf (
+      configOf (
+        clanWith
+          {
+            roles.server.machines.britton-desktop.settings = {
+              guest = "web";
+              vsockCid = 3;
+            };
+            roles.guest.machines.web = { };
+          }
+          {
+            web.nixpkgs.hostPlatform = "x86_64-linux";
+          }
+      )
+    );
+    expected = [
+      "clan instance example, roles.server.machines.britton-desktop.settings.guest: the machine web is no VM of microvm.nix. Import inputs.microvm.nixosModules.microvm in its configuration"
+    ];
+  };
+
+  test_bridge_of_the_guest = {
+    expr =
+      (configOf (
+        clanWith
+          {
+            roles.server = {
+              machines.britton-desktop.settings = {
+                vmName = "test-vm";
+                vsockCid = 3;
+              };
+              extraModules = [
+                {
+                  microvm.vms.test-vm.extraModules = [
+                    {
+                      microvm.interfaces = [
+                        {
+                          type = "bridge";
+                          id = "vm-b";
+                          mac = "02:00:00:01:01:03";
+                          bridge = "br0";
+                        }
+                      ];
+                    }
+                  ];
+                }
+              ];
+            };
+          }
+          { }
+      )).systemd.services."microvm@test-vm".serviceConfig ? NoNewPrivileges;
+    expected = false;
+  };
 
   test_settings_beside_settings = {
     expr = (refused { vmName = "test-vm"; }).microvm.vms;

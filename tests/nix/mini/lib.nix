@@ -26,7 +26,7 @@ let
   max = x: y: if x > y then x else y;
   hasPrefix = p: s: substring 0 (stringLength p) s == p;
   hasSuffix = p: s: stringLength s >= stringLength p && substring (stringLength s - stringLength p) (stringLength p) s == p;
-  hasInfix = p: s: length (b.split (b.replaceStrings [ "\\" "." "*" "+" "?" "(" ")" "[" "]" "{" "}" "^" "$" "|" ] [ "\\\\" "\\." "\\*" "\\+" "\\?" "\\(" "\\)" "\\[" "]" "\\{" "\\}" "\\^" "\\$" "\\|" ] p) s) > 1;
+  hasInfix = p: s: length (b.split (b.replaceStrings [ "\\" "." "*" "+" "?" "(" ")" "[" "]" "{" "}" "^" "$" "|" ] [ "\\\\" "\\." "\\*" "\\+" "\\?" "\\(" "\\)" "\\[" "]" "\\{" "}" "\\^" "\\$" "\\|" ] p) s) > 1;
   removeSuffix = p: s: if hasSuffix p s then substring 0 (stringLength s - stringLength p) s else s;
   removePrefix = p: s: if hasPrefix p s then substring (stringLength p) (stringLength s) s else s;
   unique = foldl' (acc: x: if elem x acc then acc else acc ++ [ x ]) [ ];

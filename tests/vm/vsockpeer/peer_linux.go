@@ -89,16 +89,31 @@ func bind(port uint32) (*os.File, error) {
 	return l, nil
 }
 
+// connect connects a socket. A signal, such as those by which Go preempts, has Linux give up connecting.
+func connect(peer, port uint32) (*os.File, error) {
+	for {
+		conn, err := socket()
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Connect(int(conn.Fd()), &unix.SockaddrVM{CID: peer, Port: port})
+		if err == nil {
+			return conn, nil
+		}
+		_ = conn.Close()
+		if !errors.Is(err, unix.EINTR) {
+			return nil, err
+		}
+	}
+}
+
 // dial says something, and prints what comes back up to end.
 func dial(peer, port uint32, say string, end byte, out io.Writer) error {
-	conn, err := socket()
+	conn, err := connect(peer, port)
 	if err != nil {
-		return err
-	}
-	defer func() { _ = conn.Close() }()
-	if err := unix.Connect(int(conn.Fd()), &unix.SockaddrVM{CID: peer, Port: port}); err != nil {
 		return fmt.Errorf("connecting to %d:%d: %w", peer, port, err)
 	}
+	defer func() { _ = conn.Close() }()
 	if _, err := io.WriteString(conn, say); err != nil {
 		return err
 	}

@@ -483,6 +483,7 @@ func testNixOSStop(t *testing.T, h *nixosHost, web, fire *vm.Machine) {
 
 	// A switch may start the provider of a VM that is off, and that alone.
 	vmtest.Run(t, h.m, "systemctl", "stop", microvmOf("fire"))
+	untilState(t, h.m, "inactive", providerOf("fire"))
 	start(t, h.m, providerOf("fire"))
 	wantActive(t, h.m, microvmOf("fire"), "inactive")
 	start(t, h.m, microvmOf("fire"))
@@ -503,6 +504,7 @@ func testNixOSStop(t *testing.T, h *nixosHost, web, fire *vm.Machine) {
 // testNixOSMissing starts a VM before its secrets are there. It comes up, and is given them as soon as they are.
 func testNixOSMissing(t *testing.T, h *nixosHost, web, _ *vm.Machine) {
 	vmtest.Run(t, h.m, "systemctl", "stop", microvmOf("web"))
+	untilState(t, h.m, "inactive", providerOf("web")) // nobody waits for that
 	h.key = h.value()
 	vmtest.Run(t, h.m, "rm", hostSecrets+"web-key")
 	start(t, h.m, microvmOf("web"))

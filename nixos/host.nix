@@ -246,13 +246,11 @@ let
   plainOf = vm: lib.filter (c: c.sops == null) (credentialsOf vm);
   sourceOf = c: if c.sops != null then config.sops.secrets.${c.sops}.path else c.source;
 
-  # LoadCredential= has a name, which loses its backslashes, and a path; specifiers are expanded in both.
+  # Specifiers are expanded in both halves of LoadCredential=.
   specifiers = lib.replaceStrings [ "%" ] [ "%%" ];
   loadCredential =
     prefix: c: path:
-    "${
-      lib.replaceStrings [ "\\" ] [ "\\\\" ] (specifiers "${prefix}${c.destination}")
-    }:${specifiers path}";
+    "${specifiers "${prefix}${c.destination}"}:${specifiers path}";
   # A path has to be there. A name is looked for in /etc/credstore, and may be missing, or lead to what is.
   storeName = name: c: "guestagent.${name}.${c.destination}";
 
@@ -632,12 +630,13 @@ let
         in
         [
           {
-            # NixOS' switch takes a quote in front for one around the value.
+            # NixOS' switch takes a quote in front for one around the value. With a space or a backslash in it, services fail
+            # from systemd 254 on.
             assertion =
-              builtins.match "[!#-&(-.0-9;-~]([ -.0-9;-~]*[!-.0-9;-~])?" c.destination != null
+              builtins.match "[]!#-&(-.0-9;-[^-~][]!-.0-9;-[^-~]*" c.destination != null
               && lib.stringLength c.destination <= room
               && !(lib.hasPrefix "." "${vm.credentialPrefix}${c.destination}");
-            message = "${this}.destination: it cannot be the name of a credential here. Take 1 to ${toString room} printable ASCII characters without / and :, with no space at either end and neither . nor a quote in front";
+            message = "${this}.destination: it cannot be the name of a credential here. Take 1 to ${toString room} printable ASCII characters without /, :, \\ and spaces, and with neither . nor a quote in front";
           }
           {
             assertion = (c.source == null) != (c.sops == null);
@@ -650,9 +649,13 @@ let
             message = "${this}.sops: this host has no sops-nix. Import its module, or set source in place of sops";
           }
           {
-            assertion =
-              c.source == null || builtins.match "/[^[:cntrl:]]*[^[:cntrl:][:space:]]" c.source != null;
+            assertion = c.source == null || builtins.match "/[^[:cntrl:]]+" c.source != null;
             message = "${this}.source: it is not an absolute path. Write the whole path of the file on this host";
+          }
+          {
+            # From systemd 254 on.
+            assertion = c.source == null || !(lib.hasInfix " " c.source || lib.hasInfix "\\" c.source);
+            message = "${this}.source: no service can load a file with a space or a backslash in its path. Give it another one, or a link to it";
           }
           {
             assertion =

@@ -29,29 +29,7 @@ let
     qemu.machine = "q35";
   };
   db.credentials.db.source = "/var/lib/secrets/db";
-  sopsNix = {
-    options.sops.secrets = lib.mkOption {
-      type = lib.types.attrsOf (
-        lib.types.submodule (
-          { name, ... }:
-          {
-            options = {
-              path = lib.mkOption {
-                type = lib.types.str;
-                default = "/run/secrets/${name}";
-              };
-              sopsFileHash = lib.mkOption { type = lib.types.str; };
-              restartUnits = lib.mkOption {
-                type = lib.types.listOf lib.types.str;
-                default = [ ];
-              };
-            };
-          }
-        )
-      );
-      default = { };
-    };
-  };
+  sopsNix = ./sops-nix.nix;
   agenix = {
     options.age.secrets = lib.mkOption {
       type = lib.types.attrsOf (
@@ -330,11 +308,11 @@ in
       (provideOf [
         (web qemu {
           credentials.db = {
-            source = "/srv/secrets/a:b %i";
-            destination = "50%\\db";
+            source = "/srv/secrets/a:b%i";
+            destination = "50%db";
           };
         })
-      ]).serviceConfig.LoadCredential == [ "50%%\\\\db:/srv/secrets/a:b %%i" ];
+      ]).serviceConfig.LoadCredential == [ "50%%db:/srv/secrets/a:b%%i" ];
     "host: a prefix is put before, and taken off" =
       (provideOf [ (web qemu (db // { credentialPrefix = "web."; })) ]).serviceConfig.LoadCredential
       == [ "web.db:/var/lib/secrets/db" ]
@@ -687,6 +665,18 @@ in
     ];
     "host: a name that a switch does not understand" = asserts "neither . nor a quote in front" [
       (web qemu { credentials."\"db".source = "/srv/a"; })
+    ];
+    "host: a name with a space" = asserts "${option}.credentials.a b.destination" [
+      (web qemu { credentials."a b".source = "/srv/a"; })
+    ];
+    "host: a name with a backslash" = asserts "${option}.credentials.a\\b.destination" [
+      (web qemu { credentials."a\\b".source = "/srv/a"; })
+    ];
+    "host: a source with a space" = asserts "no service can load a file with a space" [
+      (web qemu { credentials.db.source = "/srv/a b"; })
+    ];
+    "host: a source with a backslash" = asserts "no service can load a file with a space" [
+      (web qemu { credentials.db.source = "/srv/a\\b"; })
     ];
     "host: a name that the provider passes over" = asserts "${option}.credentials..db.destination" [
       (web qemu { credentials.".db".source = "/srv/a"; })

@@ -2,24 +2,7 @@
 # program that installs the secrets, /usr/lib/guestagent-test/install-secrets.
 { config, lib, ... }:
 {
-  options.sops.secrets = lib.mkOption {
-    type = lib.types.attrsOf (
-      lib.types.submodule (
-        { name, ... }:
-        {
-          options.path = lib.mkOption {
-            type = lib.types.str;
-            default = "/run/secrets/${name}";
-          };
-          options.restartUnits = lib.mkOption {
-            type = lib.types.listOf lib.types.str;
-            default = [ ];
-          };
-        }
-      )
-    );
-    default = { };
-  };
+  imports = [ ../../../nix/sops-nix.nix ];
   config.environment.etc = lib.mapAttrs' (
     name: secret:
     lib.nameValuePair "guestagent-test/restart/${name}" {
